@@ -1,0 +1,49 @@
+"""Reasons to stop a run early, in good order."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+
+@dataclass
+class StopRequest:
+    """Whether the run should stop after the step in progress, and why."""
+
+    exit_duration_in_mins: float | None = None
+    exit_interval: int | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    signal_name: str | None = None
+
+    def reason(self, iteration: int) -> str | None:
+        """Why to stop after `iteration`; None to go on."""
+        if self.signal_name is not None:
+            return f"received {self.signal_name}"
+        minutes = (time.monotonic() - self.started_s) / 60
+        if self.exit_duration_in_mins is not None and minutes > self.exit_duration_in_mins:
+            return f"--exit-duration-in-mins {self.exit_duration_in_mins:g} is over"
+        if self.exit_interval is not None and iteration % self.exit_interval == 0:
+            return f"--exit-interval {self.exit_interval}"
+        return None
+
+
+@contextmanager
+def signals_stop(request: StopRequest) -> Iterator[None]:
+    """While inside, SIGTERM and the first SIGINT only mark `request`; a second SIGINT interrupts at once."""
+
+    def mark(number: int, frame: FrameType | None) -> None:
+        del frame
+        if request.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal_name = signal.Signals(number).name
+
+    before = {number: signal.signal(number, mark) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
