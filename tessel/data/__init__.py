@@ -1,0 +1,1 @@
+"""Tokens: from text to indexed files, from indexed files to batches."""
