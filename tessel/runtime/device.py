@@ -1,0 +1,292 @@
+"""Devices. The only file that names a vendor."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from tessel.errors import TesselError, UsageError
+
+# Dense 16-bit (fp16 and bf16 are alike) FLOP/s by a part of the device's name, the more special first.
+# NVIDIA: data sheets, without sparsity. Ascend: Huawei's figures for the 910B family.
+_PEAK_FLOPS_16BIT = {
+    "B300": 2.25e15,
+    "B200": 2.25e15,
+    "GH200": 989.5e12,
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.5e12,
+    "H800": 989.5e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "Ascend910B1": 414e12,
+    "Ascend910B2": 376e12,
+    "Ascend910B3": 313e12,
+    "Ascend910B4": 280e12,
+}
+# fp32 without TF32, of the devices whose fp32 runs are likely.
+_PEAK_FLOPS_32BIT = {
+    "GH200": 66.9e12,
+    "H200": 66.9e12,
+    "H100 PCIe": 51.2e12,
+    "H100": 66.9e12,
+    "H800": 66.9e12,
+    "A100": 19.5e12,
+    "A800": 19.5e12,
+    "RTX 4090": 82.6e12,
+    "V100": 15.7e12,
+    "T4": 8.1e12,
+}
+_ACCELERATORS = ("cuda", "npu")
+_SAMPLE_INTERVAL_S = 0.05
+
+
+def load_plugins() -> None:
+    """Import the vendor's torch plugin where one is installed: until then torch does not know its device."""
+    if importlib.util.find_spec("torch_npu") is not None:
+        importlib.import_module("torch_npu")
+
+
+def resolve(name: str) -> torch.device:
+    """The device that `--device` asks for: auto, cpu, cuda or npu, or one of the latter with ":index".
+
+    `auto` takes the accelerator that torch reports, else the CPU.
+
+    Raises:
+        UsageError: the name is none of these.
+        TesselError: torch sees no such device.
+    """
+    kind = name.partition(":")[0]
+    if kind == "cpu":
+        return torch.device("cpu")
+    load_plugins()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return _with_index(found) if found is not None and found.type in _ACCELERATORS else torch.device("cpu")
+    if kind not in _ACCELERATORS:
+        raise UsageError(f"--device {name}: not a device; choose auto, cpu, cuda or npu.")
+    if found is None or found.type != kind:
+        sees = f"it sees {found.type}" if found is not None else "it sees no accelerator"
+        needs = "torch_npu and the CANN toolkit" if kind == "npu" else "a CUDA build of torch and a driver"
+        raise TesselError(
+            f"--device {name}: torch {torch.__version__} sees no such device ({sees}). Install {needs}, or take --device auto."
+        )
+    return _with_index(torch.device(name))
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.index is None:
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    if device.index >= torch.accelerator.device_count():
+        raise TesselError(
+            f"--device {device}: there are {torch.accelerator.device_count()} devices, counted from 0. Choose one of them."
+        )
+    torch.accelerator.set_device_index(device.index)
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: kind, model, and the memory or the threads it has."""
+    if device.type == "cpu":
+        return f"cpu ({_cpu_name()}, {torch.get_num_threads()} threads)"
+    free, total = torch.accelerator.get_memory_info(device)
+    return f"{device} ({_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+
+
+def _name(device: torch.device) -> str:
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; nothing to do on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def resident_bytes() -> int:
+    """Private memory of this process now: RssAnon + RssShmem.
+
+    File-backed pages don't count: a memory-mapped checkpoint can be dropped at any time. Where the
+    system does not tell (outside Linux), the peak resident set.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    kibibytes = 0
+    for line in status.read_text().splitlines():
+        if line.startswith(("RssAnon:", "RssShmem:")):
+            kibibytes += int(line.split()[1])
+    return kibibytes * 1024
+
+
+class _PeakSampler:
+    """The largest `resident_bytes` since the last reset, sampled by a thread that dies with the process.
+
+    Linux keeps a high-water mark only of the whole resident set, file-backed pages included, so
+    the private part has to be sampled. One sample takes tens of microseconds.
+    """
+
+    def __init__(self) -> None:
+        self._peak_bytes = 0
+        self._thread: threading.Thread | None = None
+
+    def reset(self) -> None:
+        self._peak_bytes = resident_bytes()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._sample, name="memory sampler", daemon=True)
+            self._thread.start()
+
+    def peak_bytes(self) -> int:
+        self._peak_bytes = max(self._peak_bytes, resident_bytes())
+        return self._peak_bytes
+
+    def _sample(self) -> None:
+        while True:
+            time.sleep(_SAMPLE_INTERVAL_S)
+            self.peak_bytes()
+
+
+_cpu_peak = _PeakSampler()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring peak memory anew."""
+    if device.type == "cpu":
+        _cpu_peak.reset()
+    else:
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory since `reset_peak_memory`.
+
+    On an accelerator: bytes that torch's allocator had given out. On the CPU: private memory of the
+    process (RssAnon + RssShmem), sampled 20 times a second; without a reset, what it is now or the
+    largest seen by these calls.
+    """
+    if device.type == "cpu":
+        return _cpu_peak.peak_bytes()
+    return torch.accelerator.max_memory_allocated(device)
+
+
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU divides by: the data sheet's dense figure for a device in the table, else a measured GEMM.
+
+    A CPU has no useful data sheet, so there it is always the best of a few square GEMMs (about
+    0.3 s, once in a process): MFU then says how near training comes to this machine's own GEMM.
+    """
+    if device.type != "cpu":
+        table = _PEAK_FLOPS_16BIT if dtype.itemsize == 2 else _PEAK_FLOPS_32BIT
+        name = _name(device)
+        for part, flops in table.items():
+            if part in name:
+                return flops
+    return _measured_gemm_flops(device, dtype)
+
+
+def _measured_gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
+    size = 1024 if device.type == "cpu" else 8192
+    # Random numbers would disturb the run's generator; ones have no effect on a CPU's speed.
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right = torch.ones(size, size, dtype=dtype, device=device)
+    best_s = float("inf")
+    with torch.no_grad():
+        torch.mm(left, right)
+        for _ in range(4):
+            synchronize(device)
+            start_s = time.perf_counter()
+            torch.mm(left, right)
+            synchronize(device)
+            best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * size**3 / best_s
+
+
+def rng_state(device: torch.device) -> torch.Tensor:
+    """The state of the device's random generator, a uint8 tensor on the CPU."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)
+
+
+def set_rng_state(device: torch.device, state: torch.Tensor) -> None:
+    """Put back what `rng_state` gave."""
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def set_deterministic() -> None:
+    """Make torch choose deterministic kernels, and refuse an operation that has none."""
+    # cuBLAS reads this when it is first used; without it torch refuses matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+@functools.cache
+def flash_attention_available(device: torch.device) -> tuple[bool, str]:
+    """Whether FlashAttention 3 or 4 runs on this device through `torch.nn.attention`.
+
+    Returns the answer, and with it the implementation's name ("FA3" or "FA4") or what is lacking.
+    """
+    if device.type != "cuda":
+        return False, f"FlashAttention 3 and 4 are for NVIDIA GPUs, this is {device.type}"
+    from torch.nn import attention
+
+    if not hasattr(attention, "list_flash_attention_impls"):
+        return False, f"torch {torch.__version__} cannot register FlashAttention 3 or 4; 2.11 and later can"
+    major, minor = torch.cuda.get_device_capability(device)
+    # FA3 is written for Hopper alone; FA4 for Hopper and Blackwell.
+    candidates = {9: (("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute")), 10: (("FA4", "flash_attn.cute"),)}
+    if major not in candidates:
+        return (
+            False,
+            f"compute capability {major}.{minor}: FlashAttention 3 needs 9.0, FlashAttention 4 needs 9.0 or 10.0",
+        )
+    known = attention.list_flash_attention_impls()
+    for implementation, module in candidates[major]:
+        if implementation in known and _importable(module):
+            return True, implementation
+    packages = "flash-attn-3 or flash-attn-4" if major == 9 else "flash-attn-4"
+    return False, f"the package is missing: pip install {packages}"
+
+
+def _importable(module: str) -> bool:
+    parent = module.partition(".")[0]
+    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None

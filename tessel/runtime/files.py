@@ -1,0 +1,193 @@
+"""Paths and files: what is written appears whole or not at all, and a wrong path is explained."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from tessel.errors import TesselError
+
+_FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_FULL_DISK_TEXTS = ("No space left on device", "Disk quota exceeded")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _default_mode(mode: int) -> int:
+    """The permissions a newly created file or folder would have (tempfile's are narrower)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; on success it is synced and renamed to `path`.
+
+    Use it as `with atomic_write(path) as temporary: temporary.write_text(...)`. The folder is made
+    if there is none. After an error the temporary file is gone and what `path` held is untouched.
+
+    Raises:
+        TesselError: the disk is full.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(_default_mode(0o666))
+            _fsync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success its files are synced and it becomes `path`.
+
+    A folder already at `path` is replaced, and kept until the new one is complete. After an error
+    the temporary folder is gone.
+
+    Raises:
+        TesselError: the disk is full.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(_default_mode(0o777))
+            for entry in sorted(temporary.rglob("*"), reverse=True):
+                _fsync(entry)
+            _fsync(temporary)
+            _put_in_place(temporary, path)
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+        _fsync(path.parent)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    # A folder cannot be renamed over one that holds files: move the old one aside first.
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
+    os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    finally:
+        shutil.rmtree(aside.parent)
+
+
+class disk_errors:
+    """Turn a full disk inside the block into a TesselError that names `path` and what is free.
+
+    Looks through the chain of causes, since safetensors and torch wrap the system's error.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, TesselError) or not is_disk_full(error):
+            return
+        raise TesselError(
+            f"The disk is full: writing {self._path} failed with {free_bytes(self._path) / 2**20:,.0f} MiB free. "
+            "Free some space or choose another folder; what was complete before is still there."
+        ) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error, or one that caused it, says that the disk or the quota is full."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, OSError) and link.errno in _FULL_DISK_ERRNOS:
+            return True
+        if any(text in str(link) for text in _FULL_DISK_TEXTS):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def free_bytes(path: str | Path) -> int:
+    """Bytes free for this user on the file system that holds `path`, or will hold it."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_free(path: str | Path, needed_bytes: int, what: str) -> None:
+    """Refuse to begin writing `what` where the disk cannot hold it.
+
+    Raises:
+        TesselError: fewer than `needed_bytes` are free.
+    """
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise TesselError(
+            f"{what} needs {needed_bytes / 2**20:,.0f} MiB in {path}, and {free / 2**20:,.0f} MiB are free. "
+            "Free some space or choose another folder."
+        )
+
+
+def require_path(path: str | Path, what: str) -> Path:
+    """`path` if it exists.
+
+    `what` says what it is for, such as "--load" or "the tokenizer (--tokenizer-model)".
+
+    Raises:
+        TesselError: nothing is there; names the nearest thing that is.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    raise TesselError(f"{what}: {path} does not exist. {_nearest(path)}")
+
+
+def _nearest(path: Path) -> str:
+    folder = path.absolute().parent
+    missing = path.name
+    while not folder.is_dir():
+        missing, folder = folder.name, folder.parent
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except PermissionError:
+        return f"{folder} cannot be read."
+    if not names:
+        return f"{folder} is empty."
+    close = difflib.get_close_matches(missing, names, n=3, cutoff=0.5)
+    if close:
+        return f"{folder} holds {', '.join(close)}: is it one of those?"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{folder} holds {', '.join(names[:5])}{more}, but no {missing}."
