@@ -65,7 +65,7 @@ def normalize(weights: Sequence[float]) -> list[float]:
 
 
 def share_sizes(weights: Sequence[float], size: int, surplus: float = 0.0) -> list[int]:
-    """Samples of each dataset in a blend of about `size`: ceil(ceil(size * weight) * (1 + surplus)); weights sum to 1."""
+    """Samples of each dataset in a blend of `size`, weights summing to 1: ceil(ceil(size * weight) * (1 + surplus))."""
     return [math.ceil(math.ceil(size * weight) * (1 + surplus)) for weight in weights]
 
 
@@ -116,8 +116,8 @@ class BlendedDataset:
         for dataset, count in zip(self.datasets, counts.tolist(), strict=True):
             if count > len(dataset):
                 raise TesselError(
-                    f"{dataset.indexed.prefix}: the {self.name} blend takes {count} samples and it holds {len(dataset)}. "
-                    "Raise --mid-level-dataset-surplus two- or tenfold."
+                    f"{dataset.indexed.prefix}: the {self.name} blend takes {count} samples, and it holds "
+                    f"{len(dataset)}. Raise --mid-level-dataset-surplus two- or tenfold."
                 )
 
     def __len__(self) -> int:

@@ -70,7 +70,10 @@ class IndexCache:
         except OSError as error:
             if self._folder is not None:
                 raise
-            warn_once(f"the index of the data is not kept in {folder} ({error.strerror}); --data-cache-path names another folder")
+            warn_once(
+                f"the index of the data is not kept in {folder} ({error.strerror}); "
+                "--data-cache-path names another folder"
+            )
         return arrays
 
     def report(self) -> None:
@@ -88,7 +91,7 @@ def describe(key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(array: np.ndarray) -> str:
-    content = hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).hexdigest()
+    content = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
     return f"{array.dtype.name}{list(array.shape)} {content}"
 
 

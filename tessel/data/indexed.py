@@ -107,7 +107,7 @@ class IndexedDataset:
         return len(self.document_indices) - 1
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens [offset, offset + length) of a sequence, a read-only view in the stored dtype; length None: to its end."""
+        """Tokens [offset, offset + length) of a sequence, or from offset to its end: a read-only view of the file."""
         sequence_tokens = int(self.lengths[sequence])
         if length is None:
             length = sequence_tokens - offset
@@ -175,8 +175,8 @@ def _read_header(index: mmap.mmap | bytes, path: str) -> tuple[int, int, int, bo
     if len(index) not in (needed_bytes, needed_bytes + num_sequences):
         state = "truncated" if len(index) < needed_bytes else "damaged"
         raise TesselError(
-            f"{path} is {state}: {num_sequences} sequences and {num_entries} document entries take {needed_bytes} bytes, "
-            f"and the file has {len(index)}. Write the dataset anew."
+            f"{path} is {state}: {num_sequences} sequences and {num_entries} document entries take "
+            f"{needed_bytes} bytes, and the file has {len(index)}. Write the dataset anew."
         )
     return code, num_sequences, num_entries, num_sequences > 0 and len(index) != needed_bytes
 

@@ -206,8 +206,8 @@ class GPTDataset:
         self.tokens_per_epoch = int(lengths[sequence_ids].sum(dtype=np.int64))
         if self.tokens_per_epoch == 0:
             raise TesselError(
-                f"{indexed.prefix}: the {name} split holds no tokens ({len(sequence_ids)} of {len(indexed)} sequences). "
-                "Give it a larger share with --split, or a dataset of its own."
+                f"{indexed.prefix}: the {name} split holds no tokens ({len(sequence_ids)} of {len(indexed)} sequences)."
+                " Give it a larger share with --split, or a dataset of its own."
             )
         self._extra = int(config.add_extra_token)
         self.plan = plan_epochs(self.tokens_per_epoch, num_samples, config.seq_length, self._extra)
@@ -291,9 +291,7 @@ class GPTDataset:
         return [*pieces, Piece(documents[-1], offset, end + self._extra - offset)]
 
 
-def masks_and_positions(
-    tokens: np.ndarray, options: SampleOptions
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def masks_and_positions(tokens: np.ndarray, options: SampleOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Loss mask f32[L], positions i64[L] and segments i32[L] or None, from the end-of-document tokens [L].
 
     An end of document belongs to the document it ends; the loss mask is 0 where it is the input
