@@ -6,7 +6,7 @@ Everything here takes lists of parameters or tensors and looks at this process's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float | Non
     return rates.get(False, rates.get(True, 0.0)), rates.get(True)
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """L2 norm over all elements of all tensors: scalar fp32, on the first one's device."""
     if not tensors:
         return torch.zeros((), dtype=torch.float32)
@@ -133,14 +133,15 @@ def _norms_of_rows(tensor: Tensor) -> list[Tensor]:
     return [in_rows, torch.linalg.vector_norm(flat[num_in_rows:], dtype=torch.float32)]
 
 
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """This process's part of every gradient that there is."""
     return [local(p.grad).detach() for p in parameters if p.grad is not None]
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm of this process's gradients: scalar fp32. Infinite or NaN where a gradient is."""
-    return _norm(_gradients(parameters))
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all elements of local gradients: scalar fp32. Infinite or NaN where one of them is."""
+    return _norm(gradients)
 
 
 @torch.no_grad()
@@ -150,18 +151,17 @@ def params_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_(parameters: Iterable[Tensor], max_norm: float, norm: float | Tensor) -> None:
-    """Scale gradients in place by max_norm / (norm + 1e-6), Megatron's rule, where that is less than 1."""
+def clip_(gradients: Sequence[Tensor], max_norm: float, norm: float | Tensor) -> None:
+    """Scale local gradients in place by max_norm / (norm + 1e-6), Megatron's rule, where that is less than 1."""
     coefficient = max_norm / (float(norm) + 1.0e-6)
-    gradients = _gradients(parameters)
     if coefficient < 1.0 and gradients:
-        torch._foreach_mul_(gradients, coefficient)
+        torch._foreach_mul_(list(gradients), coefficient)
 
 
 @torch.no_grad()
-def num_zeros(parameters: Iterable[Tensor]) -> float:
-    """Elements of this process's gradients that are exactly zero; a float, as Megatron prints it."""
-    counts = [grad.numel() - torch.count_nonzero(grad) for grad in _gradients(parameters)]
+def num_zeros(gradients: Sequence[Tensor]) -> float:
+    """Elements of local gradients that are exactly zero; a float, as Megatron prints it."""
+    counts = [grad.numel() - torch.count_nonzero(grad) for grad in gradients]
     return float(sum(int(count) for count in counts))
 
 
