@@ -6,6 +6,7 @@ Shapes: L = sequence length; a sample draws L tokens, and one more for the last 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,22 +249,43 @@ class GPTDataset:
 
     def __getitem__(self, i: int) -> Sample:
         """Sample i in training order, as arrays of [L]; see `Sample` for the dtypes."""
-        options, length = self.config, self.config.seq_length
+        options = self.config
         pieces = self._walk(i)
-        text = np.full(length + self._extra, options.pad_id, np.int64)
-        at = 0
-        for piece in pieces:
-            text[at : at + piece.length] = self.indexed.get(*piece)
-            at += piece.length
-        tokens = text[:length].copy()
-        labels = text[1:].copy() if self._extra else np.append(text[1:], options.pad_id)
+        tokens, labels = self._tokens_and_labels(pieces)
         loss_mask, positions, segments = masks_and_positions(tokens, options)
+        loss_mask[self._always_masked] = 0.0
         if options.inter_document_masking:
-            segments, positions = _document_segments([piece.length for piece in pieces], length, self._extra)
+            segments, positions = _document_segments(
+                [piece.length for piece in pieces], options.seq_length, self._extra
+            )
         loss_mask[labels == options.pad_id] = 0.0
         tokens[tokens == options.pad_id] = 0
         labels[labels == options.pad_id] = 0
         return Sample(tokens=tokens, labels=labels, loss_mask=loss_mask, position_ids=positions, segments=segments)
+
+    def _tokens_and_labels(self, pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens i64[L] and labels i64[L], padded with the pad id."""
+        options = self.config
+        text = np.full(options.seq_length + self._extra, options.pad_id, np.int64)
+        at = 0
+        for piece in pieces:
+            text[at : at + piece.length] = self.indexed.get(*piece)
+            at += piece.length
+        labels = text[1:].copy() if self._extra else np.append(text[1:], options.pad_id)
+        return text[: options.seq_length].copy(), labels
+
+    @functools.cached_property
+    def _always_masked(self) -> np.ndarray:
+        """bool[L]: positions without loss in every sample, because the label is padding in sample 0.
+
+        A quirk of Megatron up to its newest version: without an end-of-document option it keeps the
+        loss mask of the first sample it reads, padding included, as the start of all later ones.
+        There the first sample read depends on workers and restarts; here it is always sample 0.
+        """
+        options = self.config
+        if options.eod_mask_loss or options.reset_position_ids or options.reset_attention_mask:
+            return np.zeros(options.seq_length, bool)
+        return self._tokens_and_labels(self._walk(0))[1] == options.pad_id
 
     def pieces(self, i: int) -> list[Piece]:
         """The documents of sample i, in order: sequence number in the .idx, offset and length in tokens.
