@@ -119,6 +119,10 @@ class IndexedDataset:
         start_bytes = int(self.pointers[sequence]) + offset * self.dtype.itemsize
         return np.frombuffer(self._tokens, self.dtype, length, start_bytes)
 
+    def span(self, sequence: int, num_tokens: int) -> np.ndarray:
+        """`num_tokens` tokens as they lie in .bin from the first of `sequence` on: a read-only view of the file."""
+        return np.frombuffer(self._tokens, self.dtype, num_tokens, int(self.pointers[sequence]))
+
     def _check_sequences(self) -> int:
         """Every sequence lies within .bin; returns the sum of the lengths. By chunks, to bound memory."""
         bin_bytes = len(self._tokens)

@@ -1,0 +1,65 @@
+"""Token ids that the model has no row for: found before they index past the embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tessel.data.blend import BlendedDataset
+from tessel.data.indexed import IndexedDataset
+from tessel.data.samples import GPTDataset
+from tessel.errors import TesselError
+
+# Scanned at the start up to here; larger data is checked batch by batch.
+SCAN_LIMIT_TOKENS = 20_000_000
+_CHUNK_SEQUENCES = 4096
+
+
+def check_dataset(dataset: GPTDataset | BlendedDataset | None, vocab_size: int) -> None:
+    """Check every file of a dataset that is small enough to be read at the start; see `check_token_ids`."""
+    if dataset is None:
+        return
+    parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
+    for indexed in {part.indexed.prefix: part.indexed for part in parts}.values():
+        if indexed.total_tokens <= SCAN_LIMIT_TOKENS:
+            check_token_ids(indexed, vocab_size)
+
+
+def check_token_ids(indexed: IndexedDataset, vocab_size: int) -> None:
+    """Read all tokens of a file and compare them with the vocabulary.
+
+    Raises:
+        TesselError: an id is negative, or the vocabulary size or more; names the first such sequence.
+    """
+    itemsize = indexed.dtype.itemsize
+    if indexed.dtype.kind == "u" and np.iinfo(indexed.dtype).max < vocab_size:
+        return
+    for start in range(0, len(indexed), _CHUNK_SEQUENCES):
+        lengths = indexed.lengths[start : start + _CHUNK_SEQUENCES].astype(np.int64)
+        pointers = indexed.pointers[start : start + _CHUNK_SEQUENCES]
+        contiguous = bool((pointers[1:] == pointers[:-1] + lengths[:-1] * itemsize).all())
+        if contiguous and not out_of_range(indexed.span(start, int(lengths.sum())), vocab_size):
+            continue
+        for sequence in range(start, start + len(lengths)):
+            refuse_token_ids(indexed, sequence, vocab_size)
+
+
+def out_of_range(tokens: np.ndarray, vocab_size: int) -> bool:
+    """Whether any id is not in [0, vocab_size)."""
+    return len(tokens) > 0 and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0)
+
+
+def refuse_token_ids(indexed: IndexedDataset, sequence: int, vocab_size: int) -> None:
+    """Raise the error if sequence number `sequence` holds an id that the vocabulary has not.
+
+    Raises:
+        TesselError: it does.
+    """
+    tokens = indexed.get(sequence)
+    if not out_of_range(tokens, vocab_size):
+        return
+    at = int(np.argmax((tokens >= vocab_size) | (tokens < 0)))
+    raise TesselError(
+        f"{indexed.prefix}: token {at} of document {sequence} is id {int(tokens[at])}, and the model's vocabulary has "
+        f"{vocab_size} rows (ids 0 to {vocab_size - 1}): the data was made with another tokenizer. "
+        "Preprocess it with the model's own."
+    )

@@ -1,0 +1,197 @@
+"""From datasets to the tensors of micro-batches, read ahead by threads.
+
+Threads, not processes: a sample is a few copies from a memory map, so they are enough to hide the
+reading, and nothing has to be sent, pickled or waited for at the end of a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tessel.config.run import RunConfig
+from tessel.data.blend import BlendedDataset
+from tessel.data.check import out_of_range, refuse_token_ids
+from tessel.data.sampler import SampleOrder, sample_ids
+from tessel.data.samples import GPTDataset, Sample
+from tessel.errors import TesselError
+
+Dataset = GPTDataset | BlendedDataset
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass takes; tensors of [B, S]."""
+
+    tokens_BS: torch.Tensor  # i64
+    labels_BS: torch.Tensor  # i64
+    loss_mask_BS: torch.Tensor  # f32
+    positions_BS: torch.Tensor  # i64
+    segments_BS: torch.Tensor | None  # i32; None: every position attends to all before it
+    sample_ids: tuple[int, ...] = ()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> MicroBatch:
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same batch in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        return MicroBatch(
+            tokens_BS=change(self.tokens_BS),
+            labels_BS=change(self.labels_BS),
+            loss_mask_BS=change(self.loss_mask_BS),
+            positions_BS=change(self.positions_BS),
+            segments_BS=None if self.segments_BS is None else change(self.segments_BS),
+            sample_ids=self.sample_ids,
+        )
+
+
+class _Request(NamedTuple):
+    consumed_samples: int
+    num_samples: int
+    micro_batch_size: int
+
+
+class Loader:
+    """Micro-batches of a dataset in the order that the run's sampler gives.
+
+    `cfg` gives the sampler and the number of threads (--num-workers; 0 reads when asked).
+    `vocab_size` is the model's number of rows: an id past it is an error that names the document.
+    `pin_memory` is for accelerators that copy from page-locked memory. `rank` and `num_ranks` are
+    data-parallel. Close it, or use it as a context manager, to end its threads.
+
+    Attributes: stall_s, the seconds that `fetch` has waited or worked in all.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        cfg: RunConfig,
+        *,
+        vocab_size: int | None = None,
+        pin_memory: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.stall_s = 0.0
+        self._order = SampleOrder(cfg.data.dataloader_type, not cfg.data.no_data_sharding, num_ranks, rank)
+        self._vocab_size = vocab_size
+        self._pin_memory = pin_memory
+        self._pool = ThreadPoolExecutor(cfg.data.num_workers, "data") if cfg.data.num_workers > 0 else None
+        self._ahead: tuple[_Request, list[Future[MicroBatch]]] | None = None
+
+    def __len__(self) -> int:
+        """Samples of the dataset; in `single` order there are no more."""
+        return len(self.dataset)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what is being read ahead and end the threads."""
+        self._drop_ahead()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def prefetch(self, consumed_samples: int, num_samples: int, micro_batch_size: int) -> None:
+        """Begin to read what `fetch` of the same arguments will return; without threads this does nothing."""
+        request = _Request(consumed_samples, num_samples, micro_batch_size)
+        if self._pool is None or (self._ahead is not None and self._ahead[0] == request):
+            return
+        self._drop_ahead()
+        self._ahead = (request, self._start(self._pool, request))
+
+    def fetch(self, consumed_samples: int, num_samples: int, micro_batch_size: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the `num_samples` samples (of all ranks) after `consumed_samples`.
+
+        Raises:
+            TesselError: the data ends before (`single`), a token id is not in the vocabulary, or
+                `num_samples` is not a multiple of micro-batch size x ranks.
+        """
+        begin_s = time.perf_counter()
+        request = _Request(consumed_samples, num_samples, micro_batch_size)
+        if self._pool is None:
+            batches = [self._read(ids) for ids in self._micro_batch_ids(request)]
+        else:
+            self.prefetch(*request)
+            assert self._ahead is not None
+            futures, self._ahead = self._ahead[1], None
+            batches = [future.result() for future in futures]
+        self.stall_s += time.perf_counter() - begin_s
+        return batches
+
+    def _start(self, pool: ThreadPoolExecutor, request: _Request) -> list[Future[MicroBatch]]:
+        try:
+            return [pool.submit(self._read, ids) for ids in self._micro_batch_ids(request)]
+        except TesselError as error:
+            # Reading ahead of the last step may pass the end of the data: an error only if it is asked for.
+            failed: Future[MicroBatch] = Future()
+            failed.set_exception(error)
+            return [failed]
+
+    def _micro_batch_ids(self, request: _Request) -> list[np.ndarray]:
+        ids = sample_ids(
+            len(self.dataset), request.consumed_samples, request.num_samples, request.micro_batch_size, self._order
+        )
+        return list(ids.reshape(-1, request.micro_batch_size))
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            for future in self._ahead[1]:
+                future.cancel()
+        self._ahead = None
+
+    def _read(self, ids: np.ndarray) -> MicroBatch:
+        numbers = tuple(ids.tolist())
+        batch = collate([self.dataset[i] for i in numbers], numbers)
+        if self._vocab_size is not None:
+            self._check(batch, self._vocab_size)
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def _check(self, batch: MicroBatch, vocab_size: int) -> None:
+        if not any(out_of_range(ids_BS.numpy(), vocab_size) for ids_BS in (batch.tokens_BS, batch.labels_BS)):
+            return
+        for i in batch.sample_ids:
+            dataset, at = self.dataset, i
+            if isinstance(dataset, BlendedDataset):
+                number, at = dataset.locate(i)
+                dataset = dataset.datasets[number]
+            for piece in dataset.pieces(at):
+                refuse_token_ids(dataset.indexed, piece.document, vocab_size)
+        # No document is at fault: the padding id is.
+        raise TesselError(
+            f"samples {batch.sample_ids} hold an id outside the model's vocabulary of {vocab_size} rows; check --pad-id."
+        )
+
+
+def collate(samples: list[Sample], numbers: tuple[int, ...]) -> MicroBatch:
+    """Samples of [S] stacked to tensors of [B, S]."""
+
+    def stack(arrays: list[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(arrays))
+
+    segments = [sample["segments"] for sample in samples]
+    return MicroBatch(
+        tokens_BS=stack([sample["tokens"] for sample in samples]),
+        labels_BS=stack([sample["labels"] for sample in samples]),
+        loss_mask_BS=stack([sample["loss_mask"] for sample in samples]),
+        positions_BS=stack([sample["position_ids"] for sample in samples]),
+        segments_BS=stack(segments) if all(segment is not None for segment in segments) else None,
+        sample_ids=numbers,
+    )
