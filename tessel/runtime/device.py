@@ -91,7 +91,8 @@ def resolve(name: str) -> torch.device:
         sees = f"it sees {found.type}" if found is not None else "it sees no accelerator"
         needs = "torch_npu and the CANN toolkit" if kind == "npu" else "a CUDA build of torch and a driver"
         raise TesselError(
-            f"--device {name}: torch {torch.__version__} sees no such device ({sees}). Install {needs}, or take --device auto."
+            f"--device {name}: torch {torch.__version__} sees no such device ({sees}). "
+            f"Install {needs}, or take --device auto."
         )
     return _with_index(torch.device(name))
 
@@ -99,10 +100,9 @@ def resolve(name: str) -> torch.device:
 def _with_index(device: torch.device) -> torch.device:
     if device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
-    if device.index >= torch.accelerator.device_count():
-        raise TesselError(
-            f"--device {device}: there are {torch.accelerator.device_count()} devices, counted from 0. Choose one of them."
-        )
+    num_devices = torch.accelerator.device_count()
+    if device.index >= num_devices:
+        raise TesselError(f"--device {device}: torch sees {num_devices}, counted from 0. Choose one of them.")
     torch.accelerator.set_device_index(device.index)
     return device
 
