@@ -148,6 +148,12 @@ def read_rng(folder: Path, iteration: int) -> dict[str, Any] | None:
     return cast(dict[str, Any], torch.load(path, weights_only=True))
 
 
+def holds_optimizer(folder: Path, iteration: int) -> bool:
+    """Whether the checkpoint has the optimizer's state."""
+    stored = SafeReader(iteration_folder(folder, iteration)).read_metadata().state_dict_metadata
+    return any(name.startswith("optimizer.") for name in stored)
+
+
 def load_tensors(folder: Path, iteration: int, tensors: Mapping[str, Tensor]) -> None:
     """Fill `tensors` in place.
 

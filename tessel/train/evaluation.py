@@ -1,0 +1,98 @@
+"""Evaluation during and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tessel.config.run import RunConfig
+from tessel.data.loader import Loader
+from tessel.runtime.log import log
+from tessel.train import metrics
+from tessel.train.metrics import LM_LOSS
+from tessel.train.setup import Learner
+from tessel.train.sinks import TEST, VALIDATION, Sink
+from tessel.train.step import evaluation_sums
+
+FINAL_VALIDATION = "final_validation"
+
+
+class Evaluator:
+    """Goes through the validation set from one evaluation to the next, as Megatron does."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        learner: Learner,
+        valid: Loader | None,
+        test: Loader | None,
+        sinks: Sequence[Sink],
+        device: torch.device,
+    ) -> None:
+        self._learner = learner
+        self._loaders = {"validation": valid, "test": test}
+        self._sinks = sinks
+        self._device = device
+        self._micro_batch_size = cfg.batch.micro_batch_size
+        self._global_batch_size = cfg.batch.global_batch_size or cfg.batch.micro_batch_size
+        self._num_iters = cfg.evaluation.eval_iters
+        self._whole_set = cfg.evaluation.full_validation
+        self._consumed_samples = {"validation": 0, "test": 0}
+
+    def resume(self, num_evaluations: int) -> None:
+        """Go on after `num_evaluations` evaluations of an earlier start."""
+        self._consumed_samples["validation"] = num_evaluations * self._num_iters * self._global_batch_size
+
+    def validate(self, iteration: int, consumed_samples: int) -> None:
+        """Evaluate on the validation set, print and log it."""
+        self._report("validation", f"iteration {iteration}", iteration, consumed_samples, VALIDATION)
+
+    def final(self, iteration: int, consumed_samples: int) -> None:
+        """After training: the validation set once more, then the test set."""
+        for split, kind in (("validation", FINAL_VALIDATION), ("test", TEST)):
+            self._report(split, f"iteration {iteration} on {split} set", iteration, consumed_samples, kind)
+
+    def _report(self, split: str, where: str, iteration: int, consumed_samples: int, kind: str) -> None:
+        loss = self._evaluate(split)
+        if loss is None:
+            return
+        for line in metrics.evaluation_lines(where, {LM_LOSS: loss}):
+            log(line)
+        values = metrics.evaluation_values({LM_LOSS: loss}, "test" if kind == TEST else "validation")
+        for sink in self._sinks:
+            sink.log(values, iteration, consumed_samples, kind)
+
+    def _evaluate(self, split: str) -> float | None:
+        """Mean nll over loss-bearing tokens; None without data or iterations."""
+        loader = self._loaders[split]
+        if loader is None or self._num_iters == 0:
+            return None
+        model = self._learner.model
+        model.eval()
+        nll_sum = num_tokens = 0.0
+        try:
+            for start, size, micro_batch_size in self._batches(split, len(loader)):
+                batches = [batch.to(self._device) for batch in loader.fetch(start, size, micro_batch_size)]
+                sums = evaluation_sums(model, batches)
+                nll_sum, num_tokens = nll_sum + sums[0], num_tokens + sums[1]
+        finally:
+            model.train()
+        return nll_sum / max(num_tokens, 1.0)
+
+    def _batches(self, split: str, num_samples: int) -> list[tuple[int, int, int]]:
+        """(first sample, number of samples, micro-batch size) of what the next evaluation reads."""
+        size, micro = self._global_batch_size, self._micro_batch_size
+        if self._whole_set:
+            rest = num_samples % micro
+            whole = [(start, min(size, num_samples - rest - start)) for start in range(0, num_samples - rest, size)]
+            return [(start, count, micro) for start, count in whole] + ([(num_samples - rest, rest, rest)] if rest else [])
+        batches = []
+        for _ in range(self._num_iters):
+            start = self._consumed_samples[split]
+            if start + size > num_samples >= size:
+                # A resumed run may ask for more than there is: it goes through the set again.
+                start = 0
+            batches.append((start, size, micro))
+            self._consumed_samples[split] = start + size
+        return batches

@@ -1,0 +1,77 @@
+"""What a run is, so that a resumed one can be told from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tessel.config.run import RunConfig
+from tessel.data.blend import BlendedDataset
+from tessel.data.build import Dataset, Splits
+from tessel.errors import TesselError
+from tessel.model.config import ModelConfig
+
+# Entries of config.json that say nothing about the shape.
+_NOT_SHAPE = ("torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache")
+# Flags that decide which tokens a step trains on, or with which loss.
+_DATA_FLAGS = ("split", "eod_mask_loss", "reset_position_ids", "reset_attention_mask", "dataloader_type")
+
+
+def run_identity(cfg: RunConfig, model_config: ModelConfig, splits: Splits) -> dict[str, Any]:
+    """What must stay the same for a run to go on: the model's shape and the data, by content."""
+    model = {key: value for key, value in model_config.to_hf().items() if key not in _NOT_SHAPE}
+    data: dict[str, Any] = {f"--{name.replace('_', '-')}": getattr(cfg.data, name) for name in _DATA_FLAGS}
+    data |= {
+        "--seq-length": cfg.batch.seq_length,
+        "--seed": cfg.precision.seed,
+        "--calculate-per-token-loss": cfg.batch.calculate_per_token_loss,
+        "training data": _dataset_identity(splits.train),
+    }
+    return {"model": model, "data": data, "order": _num_epochs(splits.train)}
+
+
+def _num_epochs(dataset: Dataset | None) -> list[int]:
+    """Epochs that the index of each part was built for: the order of all samples hangs on it."""
+    if dataset is None:
+        return []
+    return [part.num_epochs for part in (dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset])]
+
+
+def _dataset_identity(dataset: Dataset | None) -> list[str]:
+    if dataset is None:
+        return []
+    if not isinstance(dataset, BlendedDataset):
+        return [_part_identity(dataset.indexed.lengths, dataset.tokens_per_epoch)]
+    weights = dataset.weights if dataset.weights is not None else [None] * len(dataset.datasets)
+    return [
+        f"{'' if weight is None else f'{weight:g} of '}{_part_identity(part.indexed.lengths, part.tokens_per_epoch)}"
+        for weight, part in zip(weights, dataset.datasets, strict=True)
+    ]
+
+
+def _part_identity(lengths: np.ndarray, num_tokens: int) -> str:
+    digest = hashlib.blake2b(np.ascontiguousarray(lengths).data, digest_size=8).hexdigest()
+    return f"{num_tokens} tokens, sequence lengths {digest}"
+
+
+def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any], where: str, override: bool) -> list[str]:
+    """The differences between a checkpoint's identity and this run's, refused unless `override`.
+
+    Raises:
+        TesselError: there are some; they are listed.
+    """
+    differences = [
+        f"{kind}: {key} was {saved.get(kind, {}).get(key)!r} and is {ours[kind].get(key)!r}"
+        for kind in ("model", "data")
+        for key in sorted({**saved.get(kind, {}), **ours[kind]})
+        if saved.get(kind, {}).get(key) != ours[kind].get(key)
+    ]
+    if differences and not override:
+        raise TesselError(
+            f"{where} is of another run: {'; '.join(differences)}. "
+            "Use another --save, or --override to go on all the same (--no-resume starts anew)."
+        )
+    return differences

@@ -1,0 +1,264 @@
+"""`tessel pretrain`: from what was asked for to a trained model on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessel.checkpoint import training as run_checkpoint
+from tessel.config.run import RunConfig
+from tessel.data.build import Splits, build_datasets, num_samples_for
+from tessel.data.check import check_dataset
+from tessel.data.loader import Loader
+from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from tessel.errors import TesselError, UsageError
+from tessel.model.config import ModelConfig
+from tessel.runtime import device as devices
+from tessel.runtime import random as random_state
+from tessel.runtime.log import log, warn_once
+from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
+from tessel.train.evaluation import Evaluator
+from tessel.train.flops import flops_per_token
+from tessel.train.identity import check_same_run, run_identity
+from tessel.train.metrics import TrainingLog, tensorboard_tags_off
+from tessel.train.saving import RunSaver
+from tessel.train.schedule import Scheduler, build_schedules
+from tessel.train.setup import Learner, build_learner, compute_dtype, largest_gradient, model_config_of
+from tessel.train.sinks import build_sinks
+from tessel.train.source import Kind, Source, find_source
+from tessel.train.step import TrainStep
+from tessel.train.trainer import Parts, Position, Trainer, metrics_path
+
+
+def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
+    """Train as `cfg` says; `given` names the fields that the user set.
+
+    Raises:
+        UsageError: what was asked for cannot be.
+        TesselError: a file is missing or wrong, or the run cannot go on.
+    """
+    started_s = time.monotonic()
+    source = find_source(cfg.checkpoint, cfg.model)
+    model_config = model_config_of(source, cfg.model, given)
+    _check_length(cfg, model_config)
+    device = devices.resolve(cfg.runtime.device)
+    if cfg.precision.deterministic_mode:
+        devices.set_deterministic()
+    log(f"device: {devices.describe(device)}")
+    log(source.describe())
+    tokenizer = load_tokenizer(cfg.tokenizer, source.model_folder, cfg.model.vocab_size)
+    check_fits(tokenizer, model_config.vocab_size)
+    batch_size = batch_size_of(cfg.batch)
+    train_iters = cfg.batch.train_iters or train_iters_for(cfg.batch.train_samples or 0, batch_size)
+    splits = build_datasets(cfg, tokenizer, num_samples_for(cfg, train_iters))
+    for dataset in splits:
+        check_dataset(dataset, model_config.vocab_size)
+    random_state.seed_all(cfg.precision.seed)
+    with contextlib.ExitStack() as stack:
+        run = _Run(cfg, source, model_config, tokenizer, splits, device, stack)
+        run.train(batch_size, train_iters, started_s)
+
+
+def _check_length(cfg: RunConfig, model_config: ModelConfig) -> None:
+    seq_length, longest = cfg.batch.seq_length, model_config.max_position_embeddings
+    if seq_length is not None and seq_length > longest:
+        raise UsageError(
+            f"--seq-length {seq_length} is more than the model's max_position_embeddings {longest} allows. "
+            "Lower it, or raise the value in config.json if the model is meant for longer text."
+        )
+
+
+class _Run:
+    """What is built once for a run, and the order in which it is used."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        source: Source,
+        model_config: ModelConfig,
+        tokenizer: Tokenizer,
+        splits: Splits,
+        device: torch.device,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._cfg = cfg
+        self._source = source
+        self._model_config = model_config
+        self._tokenizer = tokenizer
+        self._splits = splits
+        self._device = device
+        self._stack = stack
+        self._identity = run_identity(cfg, model_config, splits)
+        self._saved_state = self._read_saved_state()
+        self._learner: Learner = build_learner(cfg, model_config, source, device, stack)
+        self._scheduler = self._build_scheduler()
+
+    def _read_saved_state(self) -> dict[str, Any] | None:
+        """The state of the checkpoint that the run goes on from; refused if it is of another run."""
+        source = self._source
+        if source.kind not in (Kind.RESUME, Kind.RUN):
+            return None
+        assert source.folder is not None and source.iteration is not None
+        state = run_checkpoint.read_state(source.folder, source.iteration)
+        if source.kind is Kind.RESUME:
+            where = str(run_checkpoint.iteration_folder(source.folder, source.iteration))
+            for difference in check_same_run(state["identity"], self._identity, where, self._cfg.checkpoint.override):
+                warn_once(f"--override: {difference}")
+        return None if source.kind is Kind.RUN and self._cfg.checkpoint.finetune else state
+
+    def _build_scheduler(self) -> Scheduler:
+        schedule = self._cfg.schedule
+        train_iters = self._cfg.batch.train_iters
+        return Scheduler(
+            *build_schedules(self._cfg, train_iters),
+            override=schedule.override_opt_param_scheduler,
+            use_checkpoint=schedule.use_checkpoint_opt_param_scheduler,
+        )
+
+    def train(self, batch_size: BatchSize, train_iters: int, started_s: float) -> None:
+        """Restore what there is to restore, train, save and export."""
+        cfg = self._cfg
+        position = self._restore()
+        self._check_restored_order(position)
+        self._describe_loss()
+        saver = self._saver(position if self._source.kind is Kind.RESUME else None)
+        folder = metrics_path(cfg.checkpoint.save)
+        off = tensorboard_tags_off(cfg.logging)
+        sinks = build_sinks(cfg.logging, cfg.to_dict(), folder, position.iteration, off)
+        for sink in sinks:
+            self._stack.callback(sink.close)
+        evaluator = self._evaluator(sinks, position)
+        if cfg.batch.skip_train or position.iteration >= train_iters:
+            if not cfg.batch.skip_train:
+                log(f"all {train_iters} iterations are done already; raise --train-iters to go on")
+            evaluator.final(position.iteration, position.consumed_samples)
+            reason = None
+        else:
+            parts = self._parts(batch_size, train_iters, evaluator, saver, sinks)
+            trainer = Trainer(parts, position, started_s)
+            reason = trainer.run()
+            if reason is None:
+                trainer.finish()
+        if cfg.checkpoint.save and reason is None and not cfg.batch.skip_train:
+            saver.export(Path(cfg.checkpoint.save) / "hf")
+
+    def _parts(
+        self, batch_size: BatchSize, train_iters: int, evaluator: Evaluator, saver: RunSaver, sinks: list[Any]
+    ) -> Parts:
+        cfg = self._cfg
+        if self._splits.train is None:
+            raise TesselError("The data has no training split. Give --split a first share, or --train-data-path.")
+        assert cfg.batch.seq_length is not None
+        step = TrainStep(
+            self._learner.model,
+            self._learner.optimizer,
+            scaler=self._learner.scaler,
+            clip_grad=cfg.optimizer.clip_grad,
+            per_token_loss=cfg.batch.calculate_per_token_loss,
+            z_loss_coeff=cfg.precision.z_loss_coeff,
+            count_zeros=cfg.logging.log_num_zeros_in_grad,
+            skip_not_finite=cfg.precision.no_check_for_nan_in_loss_and_grad,
+            largest_gradient=largest_gradient(cfg.precision),
+        )
+        training_log = TrainingLog(
+            train_iters,
+            log_throughput=cfg.logging.log_throughput,
+            flops_per_token=flops_per_token(self._model_config, cfg.batch.seq_length).causal,
+            peak_flops=devices.peak_flops(self._device, compute_dtype(cfg.precision)),
+        )
+        loader = self._loader(self._splits.train)
+        return Parts(
+            cfg, self._learner, step, self._scheduler, batch_size, train_iters, loader, evaluator, saver,
+            training_log, sinks, self._device,
+        )  # fmt: skip
+
+    def _loader(self, dataset: Any) -> Loader:
+        pin = self._device.type != "cpu"
+        loader = Loader(dataset, self._cfg, vocab_size=self._model_config.vocab_size, pin_memory=pin)
+        return self._stack.enter_context(loader)
+
+    def _evaluator(self, sinks: list[Any], position: Position) -> Evaluator:
+        valid, test = (None if split is None else self._loader(split) for split in self._splits[1:])
+        evaluator = Evaluator(self._cfg, self._learner, valid, test, sinks, self._device)
+        interval = self._cfg.evaluation.eval_interval
+        if interval and self._source.kind is Kind.RESUME:
+            evaluator.resume(position.iteration // interval)
+        return evaluator
+
+    def _saver(self, resumed: Position | None) -> RunSaver:
+        description = {"identity": self._identity, "config": self._cfg.to_dict()}
+        return RunSaver(
+            self._cfg.checkpoint,
+            self._learner,
+            self._scheduler,
+            self._model_config,
+            self._tokenizer.source,
+            description,
+            self._device,
+            resumed.iteration if resumed is not None else None,
+        )
+
+    def _restore(self) -> Position:
+        """Load counters, schedule, optimizer and random state, as far as the flags want them."""
+        state, source, flags = self._saved_state, self._source, self._cfg.checkpoint
+        if flags.save:
+            run_checkpoint.clear_unfinished(Path(flags.save))
+        if state is None:
+            return Position()
+        assert source.folder is not None and source.iteration is not None
+        if not flags.no_load_optim:
+            self._load_optimizer(source.folder, source.iteration)
+            self._scheduler.load_state_dict(state["scheduler"])
+            if self._learner.scaler is not None and state["scaler"]:
+                self._learner.scaler.load_state_dict(state["scaler"])
+        rng = None if flags.no_load_rng else run_checkpoint.read_rng(source.folder, source.iteration)
+        if rng is not None:
+            random_state.set_state(rng, self._device)
+        return Position(state["iteration"], state["consumed_train_samples"])
+
+    def _load_optimizer(self, folder: Path, iteration: int) -> None:
+        tensors = {
+            name: tensor
+            for name, tensor in self._learner.tensors(with_optimizer=True).items()
+            if name.startswith("optimizer.")
+        }
+        if not run_checkpoint.holds_optimizer(folder, iteration):
+            raise TesselError(
+                f"{run_checkpoint.iteration_folder(folder, iteration)} was saved without the optimizer's state "
+                "(--no-save-optim). Pass --no-load-optim to go on with a fresh optimizer."
+            )
+        run_checkpoint.load_tensors(folder, iteration, tensors)
+
+    def _check_restored_order(self, position: Position) -> None:
+        """A longer run over the same data may need another epoch, which changes the order of all samples."""
+        before = self._saved_state
+        train = self._splits.train
+        if before is None or train is None or position.iteration == 0:
+            return
+        if before["identity"].get("order") != self._identity.get("order"):
+            warn_once(
+                "the number of epochs has changed with the length of the run, and with it the order of the samples, "
+                "as in Megatron: some may be seen twice before others once"
+            )
+
+    def _describe_loss(self) -> None:
+        """Say which rule weighs tokens, where masks make the rules differ."""
+        cfg = self._cfg
+        if not (cfg.data.eod_mask_loss or self._tokenizer.pad >= 0):
+            return
+        per_token = "each token of the global batch counts alike (--calculate-per-token-loss)"
+        micro_batches = (
+            "the mean of each micro-batch's mean, Megatron's default; "
+            "--calculate-per-token-loss counts each token alike, and is recommended"
+        )
+        log(f"loss: {per_token if cfg.batch.calculate_per_token_loss else micro_batches}")
+
+
+def describe_provenance(model_config: ModelConfig) -> Mapping[str, Any]:
+    """The shape fields that config.json decides, under their flag names, for --print-config."""
+    return model_config.shape_flags()

@@ -1,0 +1,124 @@
+"""When a run writes checkpoints and Hugging Face folders, and what is in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessel.checkpoint import huggingface
+from tessel.checkpoint import training as run_checkpoint
+from tessel.config.run import Checkpoint
+from tessel.model.config import ModelConfig
+from tessel.runtime import random as random_state
+from tessel.runtime.log import log
+from tessel.train import metrics
+from tessel.train.schedule import Scheduler
+from tessel.train.setup import Learner, full_weights
+
+FORMAT = "torch_dcp"
+
+
+class RunSaver:
+    """Writes under --save; does nothing without it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        learner: Learner,
+        scheduler: Scheduler,
+        model_config: ModelConfig,
+        tokenizer_source: Path | None,
+        description: Mapping[str, Any],
+        device: torch.device,
+        resumed_iteration: int | None,
+    ) -> None:
+        self._flags = checkpoint
+        self._folder = Path(checkpoint.save) if checkpoint.save else None
+        self._learner = learner
+        self._scheduler = scheduler
+        self._model_config = model_config
+        self._tokenizer_source = tokenizer_source
+        self._description = dict(description)
+        self._device = device
+        self._saved_iteration = resumed_iteration
+        self._background = run_checkpoint.BackgroundSave()
+
+    def on_new_batch_size(self, iteration: int, consumed_samples: int) -> None:
+        """As Megatron, save where the batch ramp takes a step."""
+        self._save(iteration, consumed_samples)
+
+    def after_iteration(self, iteration: int, consumed_samples: int) -> None:
+        """Save what is due after this iteration."""
+        if self._flags.save_interval and iteration % self._flags.save_interval == 0:
+            self._save(iteration, consumed_samples)
+        if self._folder is not None and self._flags.save_hf_interval and iteration % self._flags.save_hf_interval == 0:
+            self.export(self._folder / f"hf_{iteration:07d}")
+
+    def before_exit(self, iteration: int, consumed_samples: int) -> None:
+        """Save the last iteration, and wait until it is on disk."""
+        self._save(iteration, consumed_samples)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for a save in the background."""
+        self._background.wait()
+
+    def last_good(self) -> Path | None:
+        """The newest whole checkpoint, after waiting for one that is being written."""
+        self.wait()
+        if self._folder is None or self._saved_iteration is None:
+            return None
+        return run_checkpoint.iteration_folder(self._folder, self._saved_iteration)
+
+    def _save(self, iteration: int, consumed_samples: int) -> None:
+        folder = self._folder
+        if folder is None or iteration == self._saved_iteration:
+            return
+        started_s = time.perf_counter()
+        state = self._state(iteration, consumed_samples)
+        rng = None if self._flags.no_save_rng else random_state.get_state(self._device)
+        tensors = self._learner.tensors(with_optimizer=not self._flags.no_save_optim)
+        log(metrics.saving_line(iteration, folder, FORMAT))
+        write = self._writer(folder, iteration, state, rng)
+        if self._flags.async_save:
+            self._background.start(tensors, write)
+        else:
+            write(tensors)
+        self._saved_iteration = iteration
+        elapsed_ms = (time.perf_counter() - started_s) * 1000.0
+        log(metrics.timer_lines({"save-checkpoint": (elapsed_ms, elapsed_ms)}))
+
+    def _writer(
+        self, folder: Path, iteration: int, state: Mapping[str, Any], rng: Mapping[str, Any] | None
+    ) -> Callable[[Mapping[str, Tensor]], None]:
+        def write(tensors: Mapping[str, Tensor]) -> None:
+            run_checkpoint.save(
+                folder, iteration, tensors, state, rng, self._write_hf_metadata, self._flags.keep_last_k
+            )
+            log(metrics.saved_line(iteration, folder))
+
+        return write
+
+    def _state(self, iteration: int, consumed_samples: int) -> dict[str, Any]:
+        scaler = self._learner.scaler
+        return self._description | {
+            "iteration": iteration,
+            "consumed_train_samples": consumed_samples,
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        }
+
+    def _write_hf_metadata(self, folder: Path) -> None:
+        huggingface.write_metadata(folder, self._model_config, self._learner.dtype, self._tokenizer_source)
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder in the precision of training, and say so."""
+        weights = full_weights(self._learner.weights())
+        huggingface.export(weights, self._model_config, folder, self._learner.dtype, self._tokenizer_source)
+        without = " (without tokenizer: none was used)" if self._tokenizer_source is None else ""
+        log(f"wrote the Hugging Face folder {folder}{without}")

@@ -1,0 +1,147 @@
+"""One optimizer step: forward and backward over micro-batches, then clip and update.
+
+Shape suffixes: B micro-batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tessel.data.loader import MicroBatch
+from tessel.train.optimizer import clip_, gradient_norm, local_gradients, num_zeros
+from tessel.train.scaler import GradScaler
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. `loss` is the sum over the global batch of nll over its loss-bearing tokens."""
+
+    loss: float
+    grad_norm: float | None
+    num_zeros: float | None
+    skipped: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss and the gradient's norm are numbers."""
+        return math.isfinite(self.loss) and (self.grad_norm is None or math.isfinite(self.grad_norm))
+
+
+def loss_weights(masks_BS: Sequence[Tensor], per_token: bool) -> list[Tensor]:
+    """The factor of each token's nll, so that the step's loss is a plain sum over everything.
+
+    Megatron's default rule is the mean over micro-batches of each one's mean over its loss-bearing
+    tokens; `per_token` is the mean over all loss-bearing tokens of the global batch. A micro-batch
+    without such tokens counts as a mean of zero.
+    """
+    counts = [mask.sum(dtype=torch.float64) for mask in masks_BS]
+    if per_token:
+        total = torch.stack(counts).sum().clamp(min=1)
+        return [(mask / total).float() for mask in masks_BS]
+    return [(mask / (count.clamp(min=1) * len(masks_BS))).float() for mask, count in zip(masks_BS, counts, strict=True)]
+
+
+class TrainStep:
+    """Holds what a step needs. `parameters` are those the optimizer updates."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scaler: GradScaler | None,
+        clip_grad: float,
+        per_token_loss: bool,
+        z_loss_coeff: float,
+        count_zeros: bool,
+        skip_not_finite: bool,
+        largest_gradient: float = math.inf,
+    ) -> None:
+        """`largest_gradient` is where a scaled gradient counts as overflowed."""
+        self._model = model
+        self._optimizer = optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = scaler
+        self._clip_grad = clip_grad
+        self._per_token_loss = per_token_loss
+        self._z_loss_coeff = z_loss_coeff
+        self._count_zeros = count_zeros
+        self._skip_not_finite = skip_not_finite
+        # NaN compares as false, so an infinite bound still finds what is not finite.
+        self._largest_gradient = min(largest_gradient, torch.finfo(torch.float32).max)
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """Train on one global batch. A step that is skipped leaves weights and moments untouched.
+
+        A step whose result is not finite is not applied either: the caller decides what follows.
+        """
+        loss = float(self._forward_backward(batches))
+        grads = local_gradients(self._parameters)
+        finite = math.isfinite(loss)
+        if finite and self.scaler is not None and not self._unscale(grads):
+            self._optimizer.zero_grad(set_to_none=True)
+            return StepResult(loss, None, None, skipped=True)
+        norm = float(gradient_norm(grads))
+        if not finite or not math.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            return StepResult(loss, norm, None, skipped=self._skip_not_finite)
+        if self._clip_grad > 0:
+            clip_(grads, self._clip_grad, norm)
+        zeros = num_zeros(grads) if self._count_zeros else None
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, norm, zeros, skipped=False)
+
+    def _forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Accumulate gradients; returns the logged loss, a scalar on the device."""
+        weights = loss_weights([batch.loss_mask_BS for batch in batches], self._per_token_loss)
+        nll_sum = torch.zeros((), dtype=torch.float64, device=weights[0].device)
+        for batch, weights_BS in zip(batches, weights, strict=True):
+            loss, nll = self._model(
+                batch.tokens_BS,
+                batch.positions_BS,
+                batch.segments_BS,
+                labels_BS=batch.labels_BS,
+                weights_BS=weights_BS,
+                z_loss_coeff=self._z_loss_coeff,
+                loss_scale=self.scaler.scale if self.scaler is not None else 1.0,
+            )
+            loss.backward()
+            # A micro-batch's weights are all equal, or zero: dividing gives back its sum of nll.
+            factor = weights_BS.amax().double()
+            nll_sum += torch.where(factor > 0, nll.double() / factor, nll.double())
+        num_tokens = torch.stack([batch.loss_mask_BS.sum(dtype=torch.float64) for batch in batches]).sum()
+        return nll_sum / num_tokens.clamp(min=1)
+
+    @torch.no_grad()
+    def _unscale(self, grads: Sequence[Tensor]) -> bool:
+        """Divide gradients by the loss scale; False when one overflowed, the scale is then lowered."""
+        assert self.scaler is not None
+        largest = torch.stack(list(torch._foreach_norm(list(grads), ord=math.inf))).max()
+        overflow = not bool(largest <= self._largest_gradient)
+        if not overflow:
+            torch._foreach_mul_(list(grads), self.scaler.inverse_scale)
+        self.scaler.update(found_inf=overflow)
+        return not overflow
+
+
+@torch.no_grad()
+def evaluation_sums(model: nn.Module, batches: Sequence[MicroBatch]) -> tuple[float, float]:
+    """Sum of nll over loss-bearing tokens, and the number of those tokens."""
+    nll_sum = num_tokens = 0.0
+    for batch in batches:
+        _, nll = model(
+            batch.tokens_BS,
+            batch.positions_BS,
+            batch.segments_BS,
+            labels_BS=batch.labels_BS,
+            weights_BS=batch.loss_mask_BS,
+        )
+        nll_sum += float(nll)
+        num_tokens += float(batch.loss_mask_BS.sum())
+    return nll_sum, num_tokens

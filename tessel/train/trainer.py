@@ -1,0 +1,221 @@
+"""The training loop: steps, log lines, evaluations, checkpoints, and when to stop."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tessel.checkpoint import training as run_checkpoint
+from tessel.config.run import RunConfig
+from tessel.data.loader import Loader, MicroBatch
+from tessel.errors import TesselError
+from tessel.runtime import device as devices
+from tessel.runtime.log import log
+from tessel.train import metrics
+from tessel.train.batch_size import BatchSize
+from tessel.train.evaluation import Evaluator
+from tessel.train.metrics import LM_LOSS, StepMetrics, TrainingLog
+from tessel.train.optimizer import learning_rates, params_norm
+from tessel.train.progress import RunProgress
+from tessel.train.saving import RunSaver
+from tessel.train.schedule import Scheduler
+from tessel.train.setup import Learner
+from tessel.train.sinks import Sink
+from tessel.train.step import StepResult, TrainStep
+from tessel.train.stop import StopRequest, signals_stop
+
+
+@dataclass
+class Position:
+    """How far a run is."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer works with; built by `pretrain`."""
+
+    cfg: RunConfig
+    learner: Learner
+    step: TrainStep
+    scheduler: Scheduler
+    batch_size: BatchSize
+    train_iters: int
+    train_loader: Loader
+    evaluator: Evaluator
+    saver: RunSaver
+    training_log: TrainingLog
+    sinks: list[Sink]
+    device: torch.device
+
+
+class Trainer:
+    """Runs from a position to the last iteration, or to a reason to stop."""
+
+    def __init__(self, parts: Parts, position: Position, started_s: float) -> None:
+        self._parts = parts
+        self.position = position
+        self._stop = StopRequest(
+            parts.cfg.batch.exit_duration_in_mins, parts.cfg.batch.exit_interval, started_s=started_s
+        )
+
+    def run(self) -> str | None:
+        """Train. Returns why it stopped early, or None when all iterations are done."""
+        parts = self._parts
+        devices.reset_peak_memory(parts.device)
+        log(metrics.datetime_line("before the start of training step"))
+        with (
+            _garbage_collection(parts.cfg.kernels.manual_gc),
+            signals_stop(self._stop),
+            RunProgress(parts.train_iters, self.position.iteration) as progress,
+        ):
+            reason = self._loop(progress)
+        log(metrics.datetime_line("after training is done" if reason is None else "exiting program"))
+        return reason
+
+    def _loop(self, progress: RunProgress) -> str | None:
+        parts, position = self._parts, self.position
+        last_size = parts.batch_size.at(position.consumed_samples)
+        clock_s = time.perf_counter()
+        while position.iteration < parts.train_iters:
+            size = parts.batch_size.at(position.consumed_samples)
+            if size != last_size:
+                self._save(parts.saver.on_new_batch_size)
+                last_size = size
+            result = self._train_on(self._fetch(size))
+            position.iteration += 1
+            position.consumed_samples += size
+            now_s = time.perf_counter()
+            self._record(result, size, now_s - clock_s, progress)
+            clock_s = now_s
+            paused_s = time.perf_counter()
+            stop = self._after_step()
+            # As in Megatron, evaluating and saving are not part of an iteration's time.
+            clock_s += time.perf_counter() - paused_s
+            if stop is not None:
+                return stop
+        return None
+
+    def _fetch(self, size: int) -> list[MicroBatch]:
+        parts, position = self._parts, self.position
+        micro_batch_size = parts.cfg.batch.micro_batch_size
+        batches = parts.train_loader.fetch(position.consumed_samples, size, micro_batch_size)
+        following = position.consumed_samples + size
+        if position.iteration + 1 < parts.train_iters:
+            parts.train_loader.prefetch(following, parts.batch_size.at(following), micro_batch_size)
+        return [batch.to(parts.device) for batch in batches]
+
+    def _train_on(self, batches: list[MicroBatch]) -> StepResult:
+        parts, position = self._parts, self.position
+        parts.scheduler.apply(parts.learner.optimizer.param_groups)
+        result = parts.step(batches)
+        if not result.is_finite and not result.skipped:
+            raise TesselError(self._not_finite(result, batches))
+        if not result.skipped:
+            parts.scheduler.advance(sum(len(batch.tokens_BS) for batch in batches))
+            parts.scheduler.apply(parts.learner.optimizer.param_groups)
+        interval = parts.cfg.kernels.manual_gc_interval
+        if parts.cfg.kernels.manual_gc and interval and (position.iteration + 1) % interval == 0:
+            gc.collect()
+        return result
+
+    def _not_finite(self, result: StepResult, batches: list[MicroBatch]) -> str:
+        saved = self._parts.saver.last_good()
+        ids = [int(i) for batch in batches for i in batch.sample_ids]
+        shown = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+        what = f"loss {result.loss}" + ("" if result.grad_norm is None else f", grad norm {result.grad_norm}")
+        return (
+            f"iteration {self.position.iteration + 1}: {what} is not finite; the step was not taken. "
+            f"It trained on samples {shown} (tessel samples shows them). "
+            f"The last good checkpoint is {saved if saved is not None else 'none: nothing was saved yet'}. Lower --lr, "
+            "look at the data, or pass --no-check-for-nan-in-loss-and-grad to skip such steps."
+        )
+
+    def _record(self, result: StepResult, size: int, elapsed_s: float, progress: RunProgress) -> None:
+        parts, position = self._parts, self.position
+        rate, decoupled_rate = learning_rates(parts.learner.optimizer)
+        norm = None
+        if parts.cfg.logging.log_params_norm:
+            norm = float(params_norm(parts.learner.model.parameters()))
+        assert parts.cfg.batch.seq_length is not None
+        step = StepMetrics(
+            iteration=position.iteration,
+            consumed_samples=position.consumed_samples,
+            global_batch_size=size,
+            num_tokens=size * parts.cfg.batch.seq_length,
+            elapsed_s=elapsed_s,
+            losses={LM_LOSS: result.loss},
+            learning_rate=rate,
+            decoupled_learning_rate=decoupled_rate,
+            loss_scale=parts.step.scaler.scale if parts.step.scaler is not None else 1.0,
+            skipped=result.skipped,
+            grad_norm=result.grad_norm,
+            num_zeros=result.num_zeros,
+            params_norm=norm,
+        )
+        parts.training_log.add(step)
+        values = step.values() | {
+            "tokens-per-s": step.num_tokens / elapsed_s,
+            "loader-stall-s": parts.train_loader.stall_s,
+            "peak-memory-bytes": devices.peak_memory_bytes(parts.device),
+        }
+        for sink in parts.sinks:
+            sink.log(values, position.iteration, position.consumed_samples)
+        if position.iteration % parts.cfg.logging.log_interval == 0:
+            log(parts.training_log.line(step, peak_memory_bytes=devices.peak_memory_bytes(parts.device)))
+        progress.update(position.iteration, result.loss, values["tokens-per-s"])
+
+    def _after_step(self) -> str | None:
+        """Evaluate and save where it is time to; a reason to stop, if there is one."""
+        parts, iteration = self._parts, self.position.iteration
+        interval = parts.cfg.evaluation.eval_interval
+        if interval and iteration % interval == 0:
+            parts.evaluator.validate(iteration, self.position.consumed_samples)
+        self._save(parts.saver.after_iteration)
+        reason = self._stop.reason(iteration)
+        if reason is not None:
+            self._save(parts.saver.before_exit)
+            log(f"exiting after iteration {iteration}: {reason}")
+        return reason
+
+    def finish(self) -> None:
+        """After the last iteration: the last checkpoint, evaluation on both sets, the Hugging Face folder."""
+        parts, position = self._parts, self.position
+        self._save(parts.saver.before_exit)
+        parts.evaluator.final(position.iteration, position.consumed_samples)
+        parts.saver.wait()
+
+    def _save(self, save: Callable[[int, int], None]) -> None:
+        save(self.position.iteration, self.position.consumed_samples)
+
+
+@contextmanager
+def _garbage_collection(manual: bool) -> Iterator[None]:
+    """Python's collector off while inside, if `manual`."""
+    if not manual:
+        yield
+        return
+    gc.disable()
+    gc.collect()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def metrics_path(save: str | None) -> Path | None:
+    """Where the run's JSONL lies."""
+    return Path(save) / "metrics.jsonl" if save else None
+
+
+def checkpoint_of(folder: Path, iteration: int) -> Path:
+    """The folder that a message names for an iteration."""
+    return run_checkpoint.iteration_folder(folder, iteration)
