@@ -107,7 +107,7 @@ class BlendedDataset:
             return blending_indices(self.weights, size)
 
         key: dict[str, Any] = {"class": "BlendedDataset", "split": name, "weights": self.weights, "size": size}
-        arrays = (cache or IndexCache(None)).get(key, ("dataset_index", "dataset_sample_index"), build)
+        arrays = build() if cache is None else cache.get(key, ("dataset_index", "dataset_sample_index"), build)
         self.dataset_index, self.dataset_sample_index = arrays
         self._check_counts()
 

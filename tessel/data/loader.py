@@ -176,7 +176,7 @@ class Loader:
                 refuse_token_ids(dataset.indexed, piece.document, vocab_size)
         # No document is at fault: the padding id is.
         raise TesselError(
-            f"samples {batch.sample_ids} hold an id outside the model's vocabulary of {vocab_size} rows; check --pad-id."
+            f"samples {batch.sample_ids} hold an id outside the model's {vocab_size} rows; check --pad-id."
         )
 
 

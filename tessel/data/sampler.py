@@ -83,8 +83,8 @@ def _cyclic(num_samples: int, consumed: int, count: int, micro_batch_size: int, 
     if consumed % per_epoch % group:
         raise TesselError(
             f"--dataloader-type cyclic cannot go on after {consumed} samples with --micro-batch-size "
-            f"{micro_batch_size} on {order.num_ranks} processes: an epoch of {per_epoch} is gone through in groups of {group}. "
-            "Keep the micro-batch size of the run."
+            f"{micro_batch_size} on {order.num_ranks} processes: an epoch of {per_epoch} is read in groups "
+            f"of {group}. Keep the micro-batch size of the run."
         )
     chunks = []
     end = consumed + count

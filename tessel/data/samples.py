@@ -160,20 +160,24 @@ def build_shuffle_index(num_samples: int, num_first: int, rng: np.random.RandomS
 
 
 def build_indices(
-    lengths: np.ndarray, sequence_ids: np.ndarray, num_samples: int | None, options: SampleOptions, drop_last: bool
-) -> tuple[SampleIndex, EpochPlan]:
+    lengths: np.ndarray, sequence_ids: np.ndarray, plan: EpochPlan, options: SampleOptions, drop_last: bool
+) -> SampleIndex:
     """The index arrays of one dataset; one RandomState of the seed is drawn from in Megatron's order."""
-    extra_tokens = int(options.add_extra_token)
-    tokens_per_epoch = int(lengths[sequence_ids].sum(dtype=np.int64))
-    if tokens_per_epoch == 0:
-        raise TesselError("the dataset holds no tokens")
-    plan = plan_epochs(tokens_per_epoch, num_samples, options.seq_length, extra_tokens)
     rng = np.random.RandomState(options.seed)
     document = build_document_index(sequence_ids, plan, rng)
-    sample = build_sample_index(lengths, document, options.seq_length, extra_tokens, drop_last)
+    sample = build_sample_index(lengths, document, options.seq_length, int(options.add_extra_token), drop_last)
     n = len(sample) - 1
     shuffle = build_shuffle_index(n, plan.num_samples_sans_final_epoch if plan.separate_final_epoch else n, rng)
-    return SampleIndex(document, sample, shuffle), plan
+    return SampleIndex(document, sample, shuffle)
+
+
+def count_tokens(lengths: np.ndarray, sequence_ids: np.ndarray) -> int:
+    """Tokens of the sequences `sequence_ids`; a range of them, the usual case, is summed without gathering."""
+    if not len(sequence_ids):
+        return 0
+    first, last = int(sequence_ids[0]), int(sequence_ids[-1])
+    is_range = last - first == len(sequence_ids) - 1 and bool((np.diff(sequence_ids) == 1).all())
+    return int((lengths[first : last + 1] if is_range else lengths[sequence_ids]).sum(dtype=np.int64))
 
 
 class GPTDataset:
@@ -204,7 +208,7 @@ class GPTDataset:
         self.config = config
         self.name = name
         lengths = indexed.lengths
-        self.tokens_per_epoch = int(lengths[sequence_ids].sum(dtype=np.int64))
+        self.tokens_per_epoch = count_tokens(lengths, sequence_ids)
         if self.tokens_per_epoch == 0:
             raise TesselError(
                 f"{indexed.prefix}: the {name} split holds no tokens ({len(sequence_ids)} of {len(indexed)} sequences)."
@@ -215,15 +219,19 @@ class GPTDataset:
 
         def build() -> tuple[np.ndarray, ...]:
             # Index files are unaligned: copied once, the many reads that follow are faster.
-            return build_indices(np.array(lengths), sequence_ids, num_samples, config, drop_last)[0]
+            return build_indices(np.array(lengths), sequence_ids, self.plan, config, drop_last)
 
-        arrays = (cache or IndexCache(None)).get(
-            self._cache_key(drop_last),
-            ("document_index", "sample_index", "shuffle_index"),
-            build,
-            beside=Path(indexed.prefix) / "cache" / "GPTDataset_indices",
-            num_entries=self.plan.num_epochs * (len(sequence_ids) + 2 * self.tokens_per_epoch // config.seq_length),
-        )
+        if cache is None:
+            arrays = build()
+        else:
+            num_samples_per_epoch = self.tokens_per_epoch // config.seq_length
+            arrays = cache.get(
+                self._cache_key(drop_last),
+                ("document_index", "sample_index", "shuffle_index"),
+                build,
+                beside=Path(indexed.prefix) / "cache" / "GPTDataset_indices",
+                num_entries=self.plan.num_epochs * (len(sequence_ids) + 3 * num_samples_per_epoch),
+            )
         self.document_index, self.sample_index, self.shuffle_index = arrays
 
     def _cache_key(self, drop_last: bool) -> dict[str, Any]:
