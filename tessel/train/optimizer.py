@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tessel.config.run import Optimizer as OptimizerConfig
 from tessel.errors import TesselError
-from tessel.layout.sharding import rules
+from tessel.layout.sharding import parameters as sharding_rules
 from tessel.model.config import ModelConfig
 
 # torch's L2 norm on CPU adds up in fp32 vector lanes: the error is 1e-5 relative at 1M elements, 7e-4 at
@@ -37,12 +37,12 @@ def parameter_groups(
     the output layer. A group holds `params`, `names` (in the same order), `wd_mult` (1.0 or 0.0),
     `is_decoupled_lr` and, with a decoupled rate, its `max_lr` and `min_lr` (read by `Scheduler.apply`).
     """
-    rule_of = rules(model_config)
+    rules = sharding_rules(model_config)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        rule = rule_of(name)
+        rule = rules[name]
         decoupled = optimizer.decoupled_lr is not None and rule.is_embedding_or_output
         key = (rule.weight_decay, decoupled)
         group = groups.setdefault(key, _empty_group(rule.weight_decay, decoupled, optimizer))
