@@ -9,6 +9,11 @@ from typing import Any
 from tessel.runtime.log import console
 
 
+def stdout_is_terminal() -> bool:
+    """Whether log lines go to a terminal."""
+    return sys.stdout.isatty()
+
+
 class RunProgress:
     """A bar with iteration, loss and tokens/s under the log lines, used as a context manager.
 
@@ -23,7 +28,7 @@ class RunProgress:
         self._task: Any = None
 
     def __enter__(self) -> RunProgress:
-        if not (console().is_terminal and sys.stdout.isatty()):
+        if not (console().is_terminal and stdout_is_terminal()):
             return self
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
