@@ -1,0 +1,53 @@
+# Each target makes .venv if there is none, installs what constraints.txt pins, and runs.
+# PYTHON chooses the interpreter (3.11 to 3.13): make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Two test processes of one thread each: faster on two cores than one process of two threads.
+JOBS   ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-oracle test-slow test-wheel test-gpu lint format bench install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python %d.%d: tessel needs 3.11 to 3.13; choose one: make PYTHON=python3.12" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/tessel demo $(ARGS)
+
+test: $(STAMP)
+	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+test-oracle: $(STAMP)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m oracle $(ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m slow $(ARGS)
+
+test-wheel: $(STAMP)
+	$(PYTEST) -m slow tests/test_wheel.py $(ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/train_speed.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
