@@ -15,6 +15,7 @@ _RAMPS = [
     (32, 4, (8, 8, 100)),  # 33.3 samples a step
     (96, 1, (5, 7, 1000)),
     (16, 4, (12, 4, 7)),
+    (8, 4, (4, 4, 60)),  # an update begins at the very last sample of the ramp
 ]
 
 
