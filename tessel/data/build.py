@@ -65,20 +65,24 @@ def sample_options(
     Raises:
         UsageError: a flag needs an end-of-document id, and there is none.
     """
-    eod_id = section.eod_id if section.eod_id is not None or tokenizer is None else tokenizer.eod
-    pad_id = section.pad_id if section.pad_id is not None else NO_PAD if tokenizer is None else tokenizer.pad
+    if tokenizer is not None:  # which has read --eod-id and --pad-id itself
+        eod_id, pad_id = tokenizer.eod, tokenizer.pad
+    else:
+        eod_id = section.eod_id
+        pad_id = NO_PAD if section.pad_id is None else section.pad_id
+        if eod_id is not None:
+            pad_id = resolve_pad_id(pad_id, [eod_id], section.allow_ambiguous_pad_tokens)
     needs_eod = data.eod_mask_loss or data.reset_position_ids or data.reset_attention_mask
     if eod_id is None and needs_eod:
         raise UsageError(
             "--eod-mask-loss, --reset-position-ids and --reset-attention-mask need an end-of-document id: "
             "name a tokenizer or give --eod-id."
         )
-    special_ids = [] if eod_id is None else [eod_id]
     return SampleOptions(
         seq_length=seq_length,
         seed=seed,
         eod_id=eod_id,
-        pad_id=resolve_pad_id(pad_id, special_ids, section.allow_ambiguous_pad_tokens),
+        pad_id=pad_id,
         add_extra_token=not data.no_add_extra_token_to_sequence,
         eod_mask_loss=data.eod_mask_loss,
         reset_position_ids=data.reset_position_ids,
@@ -143,11 +147,11 @@ class _Builder:
     def _prefix(self, path: str) -> str:
         if not is_raw_text(path):
             return strip_suffix(path)
+        if self._tokenizer is None:
+            raise UsageError(f"--data-path {path} is raw text, which needs a tokenizer: give --tokenizer-name-or-path.")
         # Preprocessing needs libraries that a .bin/.idx does not.
         from tessel.data import raw_text
 
-        if self._tokenizer is None:
-            raise UsageError(f"--data-path {path} is raw text, which needs a tokenizer: give --tokenizer-name-or-path.")
         return raw_text.preprocessed_prefix(
             path, self._tokenizer, self._data.json_keys, not self._data.no_append_eod, self._data.data_cache_path
         )

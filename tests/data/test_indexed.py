@@ -10,6 +10,7 @@ import pytest
 from tessel.data.indexed import DTYPES, HEADER_BYTES, IndexedDataset, IndexedDatasetWriter, optimal_dtype, strip_suffix
 from tessel.errors import TesselError
 from tessel.runtime.log import warn_once
+
 from .datasets import write_random
 
 

@@ -147,8 +147,9 @@ def test_documents_restart_at_their_first_token(tmp_path: Path) -> None:
 
 def test_padding_of_the_first_sample_is_masked_in_all(tmp_path: Path) -> None:
     indexed = open_random(tmp_path / "data", [40] * 20, vocab_size=6)
-    plain = GPTDataset(indexed, np.arange(20, dtype=np.int32), None, SampleOptions(16, pad_id=3, eod_mask_loss=True, eod_id=EOD))
-    kept = GPTDataset(indexed, np.arange(20, dtype=np.int32), None, SampleOptions(16, pad_id=3))
+    ids = np.arange(20, dtype=np.int32)
+    plain = GPTDataset(indexed, ids, None, SampleOptions(16, pad_id=3, eod_mask_loss=True, eod_id=EOD))
+    kept = GPTDataset(indexed, ids, None, SampleOptions(16, pad_id=3))
     first = plain[0]["loss_mask"]
     assert 0 < first.sum() < 16
     for i in (4, 0, 2):  # in whatever order they are read
