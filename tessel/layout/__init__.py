@@ -1,0 +1,1 @@
+"""Who owns which slice of what: pure arithmetic, without torch and without processes."""

@@ -1,0 +1,232 @@
+"""THE table: how each parameter is cut, summed, decayed, trained and started.
+
+Everything that depends on a parameter's kind is written down in `rules` and nowhere else: the
+tensor-parallel modules, the loader that reads only its slice of a file, the distributed checkpoint,
+the optimizer's groups, the gradient norm and the initialisation read it. Reading the body of
+`rules` answers "how is this model sharded"; the rest of the file is the arithmetic.
+
+Names are those of the Hugging Face checkpoint; `*` stands for a layer's number. Shapes are those
+of the whole, uncut and unpadded parameter, [output features, input features] for a matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from tessel.errors import TesselError, UsageError
+
+# How tensor parallelism (tp) cuts a parameter.
+#   replicated  every rank holds the whole
+#   column      cut along its output features (dim 0), between whole blocks
+#   row         cut along its input features (dim 1), between whole blocks
+#   vocab       cut along the vocabulary (dim 0) after padding it to a multiple of the degree
+Split = Literal["replicated", "column", "row", "vocab"]
+
+# Between which ranks a gradient is only a partial sum after backward. Data and context parallelism
+# hold for every parameter and are not listed.
+#   tp           each rank saw its own heads only: always, when tp > 1
+#   sequence     each rank saw its own tokens only: under --sequence-parallel
+#   kv_replicas  the ranks that hold a copy of the same key/value head: when tp > the number of these
+#   tied_stages  the copies of a tied embedding on the first and on the last pipeline stage
+PartialAxis = Literal["tp", "sequence", "kv_replicas", "tied_stages"]
+
+# normal: N(0, std); scaled_normal: N(0, std / sqrt(2 x layers)), for what writes into the residual stream.
+Init = Literal["normal", "scaled_normal", "ones", "zeros"]
+
+
+class DecoderShape(Protocol):
+    """What the table needs to know of a model; `tessel.model.config.ModelConfig` is one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def attention_bias(self) -> bool: ...
+    @property
+    def attention_output_bias(self) -> bool: ...
+    @property
+    def mlp_bias(self) -> bool: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """One row of the table.
+
+    `blocks`: along the cut dim, the number of equal pieces that stay whole (heads, features, or
+    vocabulary rows); 1 where nothing is cut. `copies_when_short`: more ranks than blocks is allowed,
+    and neighbouring ranks then hold the same block.
+    """
+
+    shape: tuple[int, ...]
+    split: Split
+    init: Init
+    dim: int | None = None
+    blocks: int = 1
+    copies_when_short: bool = False
+    partial_axes: tuple[PartialAxis, ...] = ()
+    is_embedding_or_output: bool = False
+
+    @property
+    def weight_decay(self) -> bool:
+        """Megatron's groups: matrices decay; biases and norms (one dimension) do not."""
+        return len(self.shape) > 1
+
+
+def _replicated(size: int, init: Init, *partial_axes: PartialAxis) -> ParamRule:
+    return ParamRule((size,), "replicated", init, partial_axes=partial_axes)
+
+
+def _column(shape: tuple[int, ...], blocks: int, init: Init, kv: bool = False) -> ParamRule:
+    return ParamRule(shape, "column", init, 0, blocks, kv, ("kv_replicas",) if kv else ())
+
+
+def _row(shape: tuple[int, int], blocks: int) -> ParamRule:
+    return ParamRule(shape, "row", "scaled_normal", 1, blocks)
+
+
+def _vocab(config: DecoderShape, *partial_axes: PartialAxis) -> ParamRule:
+    shape = (config.vocab_size, config.hidden_size)
+    return ParamRule(shape, "vocab", "normal", 0, shape[0], False, partial_axes, is_embedding_or_output=True)
+
+
+def rules(config: DecoderShape) -> dict[str, ParamRule]:
+    """The table of a model: name pattern -> rule, in the order of the forward pass."""
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    layer = "model.layers.*."
+    attention, mlp = layer + "self_attn.", layer + "mlp."
+    tied = config.tie_word_embeddings
+
+    table = {
+        "model.embed_tokens.weight": _vocab(config, "tied_stages") if tied else _vocab(config),
+        layer + "input_layernorm.weight": _replicated(hidden, "ones", "sequence"),
+        attention + "q_proj.weight": _column((heads * head, hidden), heads, "normal"),
+        attention + "k_proj.weight": _column((kv_heads * head, hidden), kv_heads, "normal", kv=True),
+        attention + "v_proj.weight": _column((kv_heads * head, hidden), kv_heads, "normal", kv=True),
+        attention + "o_proj.weight": _row((hidden, heads * head), heads),
+        layer + "post_attention_layernorm.weight": _replicated(hidden, "ones", "sequence"),
+        mlp + "gate_proj.weight": _column((inner, hidden), inner, "normal"),
+        mlp + "up_proj.weight": _column((inner, hidden), inner, "normal"),
+        mlp + "down_proj.weight": _row((hidden, inner), inner),
+        "model.norm.weight": _replicated(hidden, "ones", "sequence"),
+    }
+    if not tied:
+        table["lm_head.weight"] = _vocab(config)
+    if config.attention_bias:
+        table[attention + "q_proj.bias"] = _column((heads * head,), heads, "zeros")
+        table[attention + "k_proj.bias"] = _column((kv_heads * head,), kv_heads, "zeros", kv=True)
+        table[attention + "v_proj.bias"] = _column((kv_heads * head,), kv_heads, "zeros", kv=True)
+    if config.attention_output_bias:
+        # Added once, after the ranks' products are summed.
+        table[attention + "o_proj.bias"] = _replicated(hidden, "zeros", "sequence")
+    if config.qk_norm:
+        table[attention + "q_norm.weight"] = _replicated(head, "ones", "tp")
+        table[attention + "k_norm.weight"] = _replicated(head, "ones", "tp")
+    if config.mlp_bias:
+        table[mlp + "gate_proj.bias"] = _column((inner,), inner, "zeros")
+        table[mlp + "up_proj.bias"] = _column((inner,), inner, "zeros")
+        table[mlp + "down_proj.bias"] = _replicated(hidden, "zeros", "sequence")
+    return table
+
+
+def pattern_of(name: str) -> str:
+    """The table's pattern for a parameter's name: layer numbers become `*`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def parameters(config: DecoderShape) -> dict[str, ParamRule]:
+    """Every parameter of the model by its full name, layer by layer, with its rule."""
+    expanded: dict[str, ParamRule] = {}
+    table = rules(config)
+    for number in range(config.num_hidden_layers):
+        for pattern, rule in table.items():
+            if "*" in pattern:
+                expanded[pattern.replace("*", str(number))] = rule
+    return {**{pattern: rule for pattern, rule in table.items() if "*" not in pattern}, **expanded}
+
+
+def rule_of(name: str, config: DecoderShape) -> ParamRule:
+    """The rule of one parameter.
+
+    Raises:
+        TesselError: the model has no such parameter.
+    """
+    table = rules(config)
+    rule = table.get(pattern_of(name))
+    layers = [int(part) for part in name.split(".") if part.isdigit()]
+    if rule is None or any(layer >= config.num_hidden_layers for layer in layers):
+        raise TesselError(
+            f"{name}: the sharding table has no such parameter; a model of {config.num_hidden_layers} layers of this "
+            f"family has {', '.join(table)}."
+        )
+    return rule
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one rank holds of a parameter: `start:stop` along `dim` of the whole, then `padding` rows of zeros.
+
+    `dim` is None for the whole parameter. `copies` ranks in a row hold this same slice.
+    """
+
+    dim: int | None
+    start: int
+    stop: int
+    padding: int = 0
+    copies: int = 1
+
+    def index(self, num_dims: int) -> tuple[slice, ...]:
+        """The slice as an index into the whole parameter, for numpy, torch or a safetensors slice."""
+        return tuple(slice(self.start, self.stop) if dim == self.dim else slice(None) for dim in range(num_dims))
+
+
+def slice_of(rule: ParamRule, shape: tuple[int, ...], degree: int, rank: int) -> Slice:
+    """Which part of a parameter of the whole, unpadded `shape` belongs to `rank` of `degree` tensor-parallel ranks.
+
+    A vocabulary is padded to a multiple of the degree, so that every rank has as many rows; a rank
+    past the last real row has an empty slice and padding alone. Other cuts fall between blocks.
+
+    Raises:
+        UsageError: the blocks cannot be dealt out evenly.
+    """
+    if not 0 <= rank < degree:
+        raise UsageError(f"tensor-parallel rank {rank} is not in 0..{degree - 1}.")
+    if rule.split == "replicated" or rule.dim is None:
+        return Slice(None, 0, shape[0] if shape else 1, copies=degree)
+    size = shape[rule.dim]
+    if rule.split == "vocab":
+        rows = -(-size // degree)
+        start, stop = min(rank * rows, size), min((rank + 1) * rows, size)
+        return Slice(rule.dim, start, stop, padding=rows - (stop - start))
+    copies = degree // rule.blocks if rule.copies_when_short and degree > rule.blocks else 1
+    if degree % copies or rule.blocks % (degree // copies):
+        raise UsageError(
+            f"--tensor-model-parallel-size {degree} does not divide the {rule.blocks} blocks of a {rule.split}-cut "
+            f"parameter of shape {shape}; use one of {_degrees(rule)}."
+        )
+    rank, degree = rank // copies, degree // copies
+    length = size // rule.blocks * (rule.blocks // degree)
+    return Slice(rule.dim, rank * length, (rank + 1) * length, copies=copies)
+
+
+@functools.lru_cache
+def _degrees(rule: ParamRule) -> list[int]:
+    divisors = [degree for degree in range(1, min(rule.blocks, 256) + 1) if rule.blocks % degree == 0]
+    return divisors + [rule.blocks * 2, rule.blocks * 4] if rule.copies_when_short else divisors

@@ -1,0 +1,1 @@
+"""The decoder as single-device PyTorch: no rank, group or mesh in here."""

@@ -1,0 +1,281 @@
+"""What a model is: read from config.json as transformers 4 and 5 write it, or from Megatron's shape flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tessel.config.run import ModelShape
+from tessel.errors import TesselError, UsageError
+from tessel.model.shape import contradictions, fields_from_shape
+
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
+_ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# What transformers assumes where config.json leaves a key out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+}
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A dense decoder with RMSNorm, SwiGLU and rotary positions.
+
+    `rope_scaling` is None for plain RoPE, else a mapping with `rope_type` (linear, llama3 or yarn)
+    and that type's numbers. `layer_types` has one of "full_attention" and "sliding_attention" a
+    layer, or is None where all layers are alike. `raw` is config.json as it was read.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    max_position_embeddings: int = 2048
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    initializer_range: float = 0.02
+    dtype: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def window(self, layer: int) -> int | None:
+        """How many positions, its own among them, a query of this layer may see; None for all."""
+        if self.layer_types is None:
+            return self.sliding_window
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """The model that a Hugging Face folder's config.json describes.
+
+        Raises:
+            TesselError: there is no such file, it is not JSON, or the model is not supported.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise TesselError(f"{path}: no such file. A Hugging Face folder has a config.json; check the path.")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise TesselError(f"{path}: not valid JSON ({error}). Download the file again.") from error
+        if not isinstance(raw, dict):
+            raise TesselError(f"{path}: holds a {type(raw).__name__}, not an object. Download the file again.")
+        try:
+            return cls.from_hf(raw)
+        except TesselError as error:
+            raise TesselError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """The model that a config.json describes, with transformers' defaults for absent keys.
+
+        Raises:
+            TesselError: a family or a feature that is not supported, or a key that is missing.
+        """
+        family = _family(raw)
+        _check_features(raw, family)
+        known = {**_DEFAULTS[family], **raw}
+        heads, layers = int(raw["num_attention_heads"]), int(raw["num_hidden_layers"])
+        kv_heads = int(known.get("num_key_value_heads") or heads)
+        head_dim = int(known.get("head_dim") or int(raw["hidden_size"]) // heads)
+        if heads % kv_heads:
+            raise TesselError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
+        if head_dim % 2:
+            raise TesselError(f"head_dim {head_dim} is odd, and rotary positions turn pairs.")
+        sliding_window, layer_types = _windows(known, family, layers)
+        theta, scaling = _rope(raw, int(known["max_position_embeddings"]))
+        bias = family in ("qwen3", "llama") and bool(raw.get("attention_bias", False))
+        dtype = raw.get("dtype") or raw.get("torch_dtype")
+        return cls(
+            family=family,
+            vocab_size=int(raw["vocab_size"]),
+            hidden_size=int(raw["hidden_size"]),
+            intermediate_size=int(raw["intermediate_size"]),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=family == "qwen2" or bias,
+            attention_output_bias=bias,
+            mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            max_position_embeddings=int(known["max_position_embeddings"]),
+            sliding_window=sliding_window,
+            layer_types=layer_types,
+            initializer_range=float(raw.get("initializer_range", 0.02)),
+            dtype=str(dtype).removeprefix("torch.") if dtype else None,
+            raw=dict(raw),
+        )
+
+    @classmethod
+    def from_shape(cls, shape: ModelShape, vocab_size: int | None = None) -> ModelConfig:
+        """The model that Megatron's shape flags describe, by Megatron's defaults for the flags that are left out.
+
+        Qwen2 with `--add-qkv-bias`, Qwen3 with `--qk-layernorm`, else Llama. Embedding rows are
+        `--padded-vocab-size`, or the vocabulary padded to `--make-vocab-size-divisible-by`
+        (128). `vocab_size` is the tokenizer's size where it is known, and stands before
+        `--vocab-size` (a NullTokenizer has one id more than that flag says).
+
+        Raises:
+            UsageError: flags that are missing, or that no supported family can express.
+        """
+        return cls(**fields_from_shape(shape, vocab_size))
+
+    def check_shape_flags(self, shape: ModelShape, given: set[str]) -> None:
+        """Refuse shape flags that contradict this model. `given` names the fields that the user set.
+
+        No contradictions: `--max-position-embeddings`, which is a bound on the sequence; and
+        vocabulary sizes at or under the rows of the embedding.
+
+        Raises:
+            UsageError: a flag and config.json disagree; shows both values.
+        """
+        wrong = contradictions(self, shape, given)
+        if wrong:
+            raise UsageError(
+                f"The model's config.json contradicts {'; '.join(wrong)}. Leave these flags out, or load another model."
+            )
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers 4 and 5 both read, with every key that was read kept.
+
+        RoPE is written both ways (`rope_theta` and `rope_scaling`, and `rope_parameters`), and so is the dtype.
+        """
+        rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
+        hf = dict(self.raw)
+        hf.update(
+            architectures=[_ARCHITECTURES[self.family]],
+            model_type=self.family,
+            hidden_act="silu",
+            rope_scaling=dict(self.rope_scaling) if self.rope_scaling else None,
+            rope_parameters=rope,
+        )
+        for key in (*_REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
+            hf[key] = getattr(self, key)
+        for key in ("tie_word_embeddings", "max_position_embeddings", "initializer_range"):
+            hf[key] = getattr(self, key)
+        if self.family in ("qwen3", "llama"):
+            hf["attention_bias"] = self.attention_bias
+        if self.family == "llama":
+            hf["mlp_bias"] = self.mlp_bias
+        if self.family == "mistral":
+            hf["sliding_window"] = self.sliding_window
+        if self.family in ("qwen2", "qwen3"):
+            hf["use_sliding_window"] = self.sliding_window is not None
+            hf["sliding_window"] = self.sliding_window
+            hf["layer_types"] = list(self.layer_types or ["full_attention"] * self.num_hidden_layers)
+        if self.dtype is not None:
+            hf["dtype"] = hf["torch_dtype"] = self.dtype
+        return hf
+
+
+def _family(raw: Mapping[str, Any]) -> str:
+    architectures = raw.get("architectures") or []
+    kind = raw.get("model_type")
+    if kind is None:
+        by_architecture = {name: family for family, name in _ARCHITECTURES.items()}
+        kind = next((by_architecture[name] for name in architectures if name in by_architecture), None)
+    if kind in FAMILIES:
+        return str(kind)
+    supported = f"supported are {', '.join(FAMILIES)}"
+    if kind in _MIXTURES:
+        raise TesselError(f"model_type {kind!r} is a mixture of experts, which is not supported yet; {supported}.")
+    raise TesselError(f"model_type {kind!r} (architectures {architectures}) is not supported; {supported}.")
+
+
+def _check_features(raw: Mapping[str, Any], family: str) -> None:
+    missing = [key for key in _REQUIRED if raw.get(key) is None]
+    if missing:
+        raise TesselError(
+            f"config.json of a {family} model lacks {', '.join(missing)}. Take it from the model's source."
+        )
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise TesselError(f"hidden_act {activation!r} is not supported in a {family} model; supported is 'silu'.")
+    if raw.get("quantization_config"):
+        raise TesselError("quantization_config: quantised weights are not supported; take the unquantised model.")
+
+
+def _windows(known: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, tuple[str, ...] | None]:
+    """Sliding window and layer types, by the rules of transformers' configuration classes."""
+    window = known.get("sliding_window")
+    if family == "llama":
+        return None, None
+    if family == "mistral":
+        return (int(window) if window else None), None
+    window = known.get("sliding_window", 4096) if known.get("use_sliding_window", False) else None
+    types = known.get("layer_types")
+    if types is None:
+        first = known.get("max_window_layers", 28)
+        types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown or len(types) != layers:
+        raise TesselError(
+            f"layer_types must name full_attention or sliding_attention for each of {layers} layers; it has "
+            f"{len(types)} entries of kinds {sorted(set(types))}."
+        )
+    if "sliding_attention" in types and not window:
+        raise TesselError("layer_types asks for sliding_attention, but use_sliding_window is off; set sliding_window.")
+    if "sliding_attention" not in types:
+        return None, None
+    return int(window or 0), tuple(types)
+
+
+def _rope(raw: Mapping[str, Any], max_position_embeddings: int) -> tuple[float, Mapping[str, Any] | None]:
+    """(theta, scaling) from any spelling: rope_theta + rope_scaling (transformers 4), rope_parameters (5)."""
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise TesselError("rope_parameters that differ between layer types are not supported.")
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    old_spelling = rope.pop("type", None)
+    kind = rope.pop("rope_type", None) or old_spelling or "default"
+    if kind not in _ROPE_TYPES:
+        raise TesselError(f"RoPE scaling {kind!r} is not supported; supported are {', '.join(_ROPE_TYPES)}.")
+    partial = rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise TesselError(f"partial_rotary_factor {partial} is not supported; supported is 1.0.")
+    if kind == "default":
+        return float(theta), None
+    missing = [key for key in _ROPE_NEEDS[kind] if rope.get(key) is None]
+    if missing:
+        raise TesselError(f"RoPE scaling {kind!r} lacks {', '.join(missing)} in config.json.")
+    if kind in ("llama3", "yarn"):
+        outside = raw.get("original_max_position_embeddings")
+        inside = rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = outside or inside or max_position_embeddings
+    return float(theta), {"rope_type": kind, **rope}

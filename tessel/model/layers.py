@@ -1,0 +1,69 @@
+"""The pieces of a layer that know nothing of attention: linear, norm, embedding, gated MLP.
+
+Parameters are left uninitialised here: `model/init.py` or a checkpoint fills them. They are made in
+fp32 and computed with in whatever dtype they are cast to.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessel.model.config import ModelConfig
+
+
+class Linear(nn.Module):
+    """y = x W^T + b; weight [out_features, in_features]. Draws no random numbers when made."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Rows of a table; weight [vocab_size, hidden_size]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """tokens [B, S], integers -> [B, S, hidden_size]."""
+        return F.embedding(tokens_BS, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467).
+
+    Inside it is fp32, also for bf16 and fp16, and rounds once.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(hidden, inner, bias)
+        self.up_proj = Linear(hidden, inner, bias)
+        self.down_proj = Linear(inner, hidden, bias)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        """[B, S, hidden_size] -> the same."""
+        out_BSE: Tensor = self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
+        return out_BSE
