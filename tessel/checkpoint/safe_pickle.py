@@ -39,7 +39,18 @@ DCP_METADATA_GLOBALS = frozenset(
         ),
         *(
             ("torch", name)
-            for name in ("bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8")
+            for name in (
+                "bfloat16",
+                "bool",
+                "float16",
+                "float32",
+                "float64",
+                "int16",
+                "int32",
+                "int64",
+                "int8",
+                "uint8",
+            )
         ),
     }
 )

@@ -86,7 +86,9 @@ class Evaluator:
         if self._whole_set:
             rest = num_samples % micro
             whole = [(start, min(size, num_samples - rest - start)) for start in range(0, num_samples - rest, size)]
-            return [(start, count, micro) for start, count in whole] + ([(num_samples - rest, rest, rest)] if rest else [])
+            return [(start, count, micro) for start, count in whole] + (
+                [(num_samples - rest, rest, rest)] if rest else []
+            )
         batches = []
         for _ in range(self._num_iters):
             start = self._consumed_samples[split]

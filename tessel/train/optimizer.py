@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -107,10 +108,11 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
 def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float | None]:
     """The present learning rate, and the decoupled one where there is one, as logged.
 
-    Where every parameter is decoupled, the first is the decoupled one too.
+    Where every parameter is decoupled, the first is the decoupled one too. As in Megatron, which reduces
+    it over ranks, the first is rounded to fp32.
     """
     rates = {bool(group.get("is_decoupled_lr")): float(group["lr"]) for group in optimizer.param_groups}
-    return rates.get(False, rates.get(True, 0.0)), rates.get(True)
+    return float(np.float32(rates.get(False, rates.get(True, 0.0)))), rates.get(True)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
     """
     started_s = time.monotonic()
     source = find_source(cfg.checkpoint, cfg.model)
-    model_config = model_config_of(source, cfg.model, given)
+    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer)
     _check_length(cfg, model_config)
     device = devices.resolve(cfg.runtime.device)
     if cfg.precision.deterministic_mode:
@@ -257,8 +256,3 @@ class _Run:
             "--calculate-per-token-loss counts each token alike, and is recommended"
         )
         log(f"loss: {per_token if cfg.batch.calculate_per_token_loss else micro_batches}")
-
-
-def describe_provenance(model_config: ModelConfig) -> Mapping[str, Any]:
-    """The shape fields that config.json decides, under their flag names, for --print-config."""
-    return model_config.shape_flags()

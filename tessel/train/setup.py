@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
-from tessel.config.run import ModelShape, Precision, RunConfig
+from tessel.config.run import ModelShape, Precision, RunConfig, Tokenizer
+from tessel.data.tokenizer import load_tokenizer
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.kernels import choose, compile_layers
-from tessel.model.transformer import Transformer
+from tessel.model.transformer import Recompute, Transformer
 from tessel.parallel.apply import apply_mixed_precision
 from tessel.runtime.log import log
 from tessel.runtime.process import mesh_of_one
@@ -62,7 +63,13 @@ def build_learner(
     A run's optimizer state is not loaded here. `stack` closes the process group of mixed precision.
     """
     dtype = compute_dtype(cfg.precision)
-    kernels = choose(device, dtype, cfg.kernels, attention_dropout=cfg.model.attention_dropout)
+    kernels = choose(
+        device,
+        dtype,
+        cfg.kernels.attention_backend,
+        head_dim=model_config.head_dim,
+        dropout=cfg.model.attention_dropout,
+    )
     log(kernels.describe())
     with torch.device("meta"):
         model = Transformer(
@@ -70,15 +77,15 @@ def build_learner(
             kernels,
             attention_dropout=cfg.model.attention_dropout,
             hidden_dropout=cfg.model.hidden_dropout,
+            recompute=Recompute.from_options(cfg.kernels),
         )
     model.to_empty(device=device)
-    model.reset_buffers()
     _load_weights(model, model_config, source, cfg)
     if cfg.kernels.compile:
-        compile_layers(model)
+        compile_layers(model.layers)
     if dtype is not torch.float32:
         mesh = stack.enter_context(mesh_of_one(device))
-        apply_mixed_precision(model, model.layers(), mesh, dtype)
+        apply_mixed_precision(model, model.layers.values(), mesh, dtype)
     groups = parameter_groups(model.named_parameters(), model_config, cfg.optimizer)
     return Learner(model, build_optimizer(groups, cfg.optimizer), build_scaler(cfg.precision), dtype)
 
@@ -111,7 +118,9 @@ def full_weights(weights: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return [(name, local(tensor)) for name, tensor in weights.items()]
 
 
-def model_config_of(source: Source, shape: ModelShape, given: frozenset[str]) -> ModelConfig:
+def model_config_of(
+    source: Source, shape: ModelShape, given: frozenset[str], tokenizer_section: Tokenizer
+) -> ModelConfig:
     """The model's configuration: config.json where the source has one, else the shape flags.
 
     Raises:
@@ -119,7 +128,14 @@ def model_config_of(source: Source, shape: ModelShape, given: frozenset[str]) ->
     """
     folder: Path | None = source.model_folder
     if folder is None:
-        return ModelConfig.from_shape(shape)
+        return ModelConfig.from_shape(shape, _tokenizer_rows(shape, tokenizer_section))
     config = ModelConfig.from_folder(folder)
-    config.check_shape_flags(shape, given)
+    config.check_shape_flags(shape, set(given))
     return config
+
+
+def _tokenizer_rows(shape: ModelShape, section: Tokenizer) -> int | None:
+    """Entries of the tokenizer, for a model from shape flags; None where --vocab-size says it all."""
+    if shape.vocab_size is not None and section.tokenizer_type != "NullTokenizer":
+        return None
+    return load_tokenizer(section, None, shape.vocab_size).vocab_size

@@ -11,7 +11,12 @@ from tessel.config.run import Checkpoint, ModelShape
 from tessel.errors import TesselError
 from tessel.runtime.files import require_path
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class Kind(Enum):

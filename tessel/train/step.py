@@ -100,21 +100,24 @@ class TrainStep:
     def _forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Accumulate gradients; returns the logged loss, a scalar on the device."""
         weights = loss_weights([batch.loss_mask_BS for batch in batches], self._per_token_loss)
+        scale = self.scaler.scale if self.scaler is not None else 1.0
         nll_sum = torch.zeros((), dtype=torch.float64, device=weights[0].device)
         for batch, weights_BS in zip(batches, weights, strict=True):
-            loss, nll = self._model(
+            # The scale goes into the weights, so that it reaches the logits' gradient before fp16 does.
+            weights_BS = weights_BS * scale
+            loss = self._model(
                 batch.tokens_BS,
                 batch.positions_BS,
                 batch.segments_BS,
                 labels_BS=batch.labels_BS,
                 weights_BS=weights_BS,
                 z_loss_coeff=self._z_loss_coeff,
-                loss_scale=self.scaler.scale if self.scaler is not None else 1.0,
             )
             loss.backward()
             # A micro-batch's weights are all equal, or zero: dividing gives back its sum of nll.
             factor = weights_BS.amax().double()
-            nll_sum += torch.where(factor > 0, nll.double() / factor, nll.double())
+            nll = loss.detach().double()
+            nll_sum += torch.where(factor > 0, nll / factor, nll)
         num_tokens = torch.stack([batch.loss_mask_BS.sum(dtype=torch.float64) for batch in batches]).sum()
         return nll_sum / num_tokens.clamp(min=1)
 
@@ -135,7 +138,7 @@ def evaluation_sums(model: nn.Module, batches: Sequence[MicroBatch]) -> tuple[fl
     """Sum of nll over loss-bearing tokens, and the number of those tokens."""
     nll_sum = num_tokens = 0.0
     for batch in batches:
-        _, nll = model(
+        nll = model(
             batch.tokens_BS,
             batch.positions_BS,
             batch.segments_BS,

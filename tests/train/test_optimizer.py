@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -245,10 +246,10 @@ def test_logged_learning_rates() -> None:
     scheduler.advance(10)
     plain = _optimizer(chunk)
     scheduler.apply(plain.param_groups)
-    assert learning_rates(plain) == (5e-3, None)
+    assert learning_rates(plain) == (float(np.float32(5e-3)), None)
     decoupled = _optimizer(chunk, decoupled_lr=4e-4, decoupled_min_lr=2e-4)
     scheduler.apply(decoupled.param_groups)
-    assert learning_rates(decoupled) == (5e-3, pytest.approx(3e-4))
+    assert learning_rates(decoupled) == (float(np.float32(5e-3)), pytest.approx(3e-4))
 
 
 def _gradients() -> list[Tensor]:

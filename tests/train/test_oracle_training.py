@@ -60,7 +60,13 @@ def run_case(shared: Path, case: str, save: Path) -> tuple[dict, str, list[dict]
     folder = shared / "oracle" / "training"
     oracle = json.loads((folder / f"{case}.json").read_text())
     command = [sys.executable, "-m", "tessel", "pretrain", "--load", f"hf/{oracle['hf']}", "--save", str(save)]
-    command += [*oracle["flags"], "--log-params-norm", "--log-num-zeros-in-grad", "--data-cache-path", str(save / "cache")]
+    command += [
+        *oracle["flags"],
+        "--log-params-norm",
+        "--log-num-zeros-in-grad",
+        "--data-cache-path",
+        str(save / "cache"),
+    ]
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), OMP_NUM_THREADS="1")
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
