@@ -10,7 +10,7 @@ from typing import Any
 
 from tessel.config.run import ModelShape
 from tessel.errors import TesselError, UsageError
-from tessel.model.shape import contradictions, fields_from_shape
+from tessel.model.shape import contradictions, fields_from_shape, flags_of
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 _ARCHITECTURES = {
@@ -170,6 +170,14 @@ class ModelConfig:
             raise UsageError(
                 f"The model's config.json contradicts {'; '.join(wrong)}. Leave these flags out, or load another model."
             )
+
+    def shape_flags(self) -> dict[str, Any]:
+        """The model as Megatron's shape flags would have it, by field name."""
+        return flags_of(self) | {
+            "group_query_attention": self.num_key_value_heads < self.num_attention_heads,
+            "max_position_embeddings": self.max_position_embeddings,
+            "padded_vocab_size": self.vocab_size,
+        }
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 both read, with every key that was read kept.

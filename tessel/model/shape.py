@@ -138,7 +138,7 @@ def _scaling(shape: ModelShape) -> dict[str, Any] | None:
 
 def contradictions(config: ShapedModel, shape: ModelShape, given: set[str]) -> list[str]:
     """Each given flag that disagrees with the model, with both values; empty where they agree."""
-    actual = _flags_of(config)
+    actual = flags_of(config)
     wrong = []
     for name in sorted(given & actual.keys()):
         value = getattr(shape, name)
@@ -157,7 +157,7 @@ def contradictions(config: ShapedModel, shape: ModelShape, given: set[str]) -> l
     return wrong
 
 
-def _flags_of(config: ShapedModel) -> dict[str, Any]:
+def flags_of(config: ShapedModel) -> dict[str, Any]:
     """What each flag would have to say to describe the model."""
     scaling = config.rope_scaling or {}
     return {
