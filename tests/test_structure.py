@@ -51,7 +51,7 @@ LIGHT = (
 )
 VENDOR_WORDS = ("cuda", "npu", "nccl", "hccl", "nvidia", "ascend", "cudnn")
 # Where the user's own words for a device are declared and explained.
-VENDORS_ALLOWED = {"runtime/device.py", "config/run.py", "config/verbs.py"}
+VENDORS_ALLOWED = {"runtime/device.py", "config/run.py", "config/verbs.py", "config/megatron.py"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -16,7 +16,9 @@ from tessel.config.field import option
 class ModelShape:
     """Model. Read from config.json where there is one; a value given here must then agree."""
 
-    init_from_config: str | None = option(None, "folder whose config.json gives the shape of a randomly initialised model")
+    init_from_config: str | None = option(
+        None, "folder whose config.json gives the shape of a randomly initialised model", metavar="DIR"
+    )
     num_layers: int | None = option(None, "transformer layers")
     hidden_size: int | None = option(None, "width of the residual stream")
     ffn_hidden_size: int | None = option(None, "inner width of the MLP")
@@ -26,6 +28,7 @@ class ModelShape:
     kv_channels: int | None = option(None, "head dimension; hidden size / heads if not given")
     max_position_embeddings: int | None = option(None, "largest position; at least the sequence length")
     position_embedding_type: str | None = option(None, "kind of position embedding", choices=("rope",))
+    use_rotary_position_embeddings: bool = option(False, "the same as --position-embedding-type rope")
     rotary_base: float | None = option(None, "RoPE theta")
     rotary_percent: float | None = option(None, "share of the head dimension that is rotated")
     rope_scaling_type: str | None = option(None, "RoPE scaling", choices=("llama3", "yarn", "linear"))
@@ -41,9 +44,13 @@ class ModelShape:
     add_qkv_bias: bool = option(False, "bias on the query, key and value projections")
     qk_layernorm: bool = option(False, "RMSNorm on each query and key head")
     untie_embeddings_and_output_weights: bool = option(False, "output layer of its own")
-    vocab_size: int | None = option(None, "vocabulary before padding (NullTokenizer: highest id before the end-of-document id)")
+    vocab_size: int | None = option(
+        None, "vocabulary before padding (NullTokenizer: highest id before the end-of-document id)"
+    )
     padded_vocab_size: int | None = option(None, "rows of the embedding, exactly")
-    make_vocab_size_divisible_by: int | None = option(None, "pad the embedding's rows to a multiple of this (128 for a model from shape flags)")
+    make_vocab_size_divisible_by: int | None = option(
+        None, "pad the embedding's rows to a multiple of this (128 for a model from shape flags)"
+    )
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
     attention_dropout: float = option(0.0, "dropout of attention probabilities (Megatron's own default is 0.1)")
     hidden_dropout: float = option(0.0, "dropout of each residual branch (Megatron's own default is 0.1)")
@@ -55,14 +62,18 @@ class Batch:
 
     micro_batch_size: int = option(1, "sequences in one forward pass")
     global_batch_size: int | None = option(None, "sequences in one optimizer step; the micro-batch size if not given")
-    rampup_batch_size: tuple[int, ...] | None = option(None, "START INCREMENT SAMPLES: grow the global batch size over that many samples", nargs=3)
+    rampup_batch_size: tuple[int, ...] | None = option(
+        None, "START INCREMENT SAMPLES: grow the global batch size over that many samples", nargs=3
+    )
     seq_length: int | None = option(None, "tokens in a sequence")
     train_iters: int | None = option(None, "optimizer steps")
     train_samples: int | None = option(None, "training samples, instead of --train-iters")
     exit_interval: int | None = option(None, "save and stop after an iteration that this number divides")
     exit_duration_in_mins: float | None = option(None, "save and stop after this many minutes")
     skip_train: bool = option(False, "evaluate only")
-    calculate_per_token_loss: bool = option(False, "gradient of the mean over all tokens of the global batch, not of the mean of micro-batch means")
+    calculate_per_token_loss: bool = option(
+        False, "gradient of the mean over all tokens of the global batch, not of the mean of micro-batch means"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,9 @@ class Optimizer:
     weight_decay: float = option(0.01, "decoupled weight decay; none on biases and norms")
     start_weight_decay: float | None = option(None, "weight decay at the start, with --weight-decay-incr-style")
     end_weight_decay: float | None = option(None, "weight decay at the end, with --weight-decay-incr-style")
-    weight_decay_incr_style: str = option("constant", "how weight decay grows", choices=("constant", "linear", "cosine"))
+    weight_decay_incr_style: str = option(
+        "constant", "how weight decay grows", choices=("constant", "linear", "cosine")
+    )
     clip_grad: float = option(1.0, "largest norm of the gradient; 0 turns clipping off")
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.999, "decay of the second moment")
@@ -88,8 +101,12 @@ class Optimizer:
 class Schedule:
     """Learning-rate schedule."""
 
-    lr_decay_style: str = option("linear", "shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"))
-    lr_wsd_decay_style: str = option("exponential", "shape of WSD's last part", choices=("exponential", "linear", "cosine", "minus_sqrt"))
+    lr_decay_style: str = option(
+        "linear", "shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
+    )
+    lr_wsd_decay_style: str = option(
+        "exponential", "shape of WSD's last part", choices=("exponential", "linear", "cosine", "minus_sqrt")
+    )
     min_lr: float = option(0.0, "floor of the learning rate")
     lr_warmup_init: float = option(0.0, "learning rate at the start of the warm-up")
     lr_warmup_iters: int = option(0, "iterations of linear warm-up")
@@ -100,7 +117,11 @@ class Schedule:
     lr_wsd_decay_iters: int | None = option(None, "iterations of WSD's last part")
     lr_wsd_decay_samples: int | None = option(None, "samples of WSD's last part")
     override_opt_param_scheduler: bool = option(False, "on resuming, the schedule's values come from the command line")
-    use_checkpoint_opt_param_scheduler: bool = option(False, "on resuming, the schedule's values come from the checkpoint", aliases=("--use-checkpoint-opt_param-scheduler",))
+    use_checkpoint_opt_param_scheduler: bool = option(
+        False,
+        "on resuming, the schedule's values come from the checkpoint",
+        aliases=("--use-checkpoint-opt_param-scheduler",),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +137,12 @@ class Precision:
     loss_scale_window: int = option(1000, "clean iterations before the loss scale doubles")
     hysteresis: int = option(2, "overflows before the loss scale halves")
     z_loss_coeff: float = option(0.0, "weight of the squared log-partition of the output softmax; 0 is off")
-    no_check_for_nan_in_loss_and_grad: bool = option(False, "skip an iteration whose loss or gradient is not finite, instead of stopping")
+    accumulate_allreduce_grads_in_fp32: bool = option(
+        False, "fp16: an overflow of the fp16 sum of gradients is no overflow (sums are fp32 always)"
+    )
+    no_check_for_nan_in_loss_and_grad: bool = option(
+        False, "skip an iteration whose loss or gradient is not finite, instead of stopping"
+    )
     deterministic_mode: bool = option(False, "deterministic kernels: two runs give identical bytes")
     seed: int = option(1234, "seed of data order, initial weights and dropout")
 
@@ -125,11 +151,21 @@ class Precision:
 class Kernels:
     """Kernels and memory."""
 
-    attention_backend: str = option("auto", "attention kernel: flash = FlashAttention, fused = SDPA, unfused or local = plain PyTorch", choices=("auto", "flash", "fused", "unfused", "local"))
+    attention_backend: str = option(
+        "auto",
+        "attention kernel: flash = FlashAttention, fused = SDPA, unfused or local = plain PyTorch",
+        choices=("auto", "flash", "fused", "unfused", "local"),
+    )
     compile: bool = option(False, "compile each layer with torch.compile")
-    recompute_granularity: str | None = option(None, "recompute activations in the backward pass", choices=("full", "selective"))
-    recompute_method: str | None = option(None, "which layers --recompute-granularity full recomputes", choices=("uniform", "block"))
-    recompute_num_layers: int | None = option(None, "layers in one recomputed unit (uniform), or layers recomputed (block)")
+    recompute_granularity: str | None = option(
+        None, "recompute activations in the backward pass", choices=("full", "selective")
+    )
+    recompute_method: str | None = option(
+        None, "which layers --recompute-granularity full recomputes", choices=("uniform", "block")
+    )
+    recompute_num_layers: int | None = option(
+        None, "layers in one recomputed unit (uniform), or layers recomputed (block)"
+    )
     recompute_activations: bool = option(False, "the same as --recompute-granularity selective")
     manual_gc: bool = option(False, "collect Python garbage at set steps only")
     manual_gc_interval: int = option(0, "steps between collections with --manual-gc; 0: never")
@@ -139,25 +175,39 @@ class Kernels:
 class Data:
     """Data."""
 
-    data_path: tuple[str, ...] | None = option(None, "prefix of a .bin/.idx, or raw .txt/.jsonl; or WEIGHT PATH WEIGHT PATH ...", nargs="+")
-    train_data_path: tuple[str, ...] | None = option(None, "as --data-path, for training alone", nargs="+")
-    valid_data_path: tuple[str, ...] | None = option(None, "as --data-path, for validation alone", nargs="+")
-    test_data_path: tuple[str, ...] | None = option(None, "as --data-path, for the test alone", nargs="+")
-    data_args_path: str | None = option(None, "file that holds what --data-path would")
-    per_split_data_args_path: str | None = option(None, 'JSON file with "train", "valid" and "test", each as --data-path')
-    split: str | None = option(None, "shares of training, validation and test; 969,30,1 if not given")
-    data_cache_path: str | None = option(None, "folder for index caches and preprocessed raw text")
+    data_path: tuple[str, ...] | None = option(
+        None, "prefix of a .bin/.idx, or raw .txt/.jsonl; or WEIGHT PATH WEIGHT PATH ...", nargs="+", metavar="PATH"
+    )
+    train_data_path: tuple[str, ...] | None = option(
+        None, "as --data-path, for training alone", nargs="+", metavar="PATH"
+    )
+    valid_data_path: tuple[str, ...] | None = option(
+        None, "as --data-path, for validation alone", nargs="+", metavar="PATH"
+    )
+    test_data_path: tuple[str, ...] | None = option(
+        None, "as --data-path, for the test alone", nargs="+", metavar="PATH"
+    )
+    data_args_path: str | None = option(None, "file that holds what --data-path would", metavar="FILE")
+    per_split_data_args_path: str | None = option(
+        None, 'JSON file with "train", "valid" and "test", each as --data-path', metavar="FILE"
+    )
+    split: str | None = option(None, "shares of training, validation and test; 969,30,1 if not given", metavar="SHARES")
+    data_cache_path: str | None = option(None, "folder for index caches and preprocessed raw text", metavar="DIR")
     mid_level_dataset_surplus: float = option(0.005, "extra samples built of each dataset of a blend")
     eod_mask_loss: bool = option(False, "no loss where the input is an end-of-document token")
     reset_position_ids: bool = option(False, "positions restart after each end of document")
     reset_attention_mask: bool = option(False, "no attention across an end of document")
-    dataloader_inter_document_masking: bool = option(False, "positions and attention restart at each document's first token")
+    dataloader_inter_document_masking: bool = option(
+        False, "positions and attention restart at each document's first token"
+    )
     no_add_extra_token_to_sequence: bool = option(False, "samples of seq-length tokens, the last one without a label")
     no_drop_last_partial_validation_sequence: bool = option(False, "pad and keep the last validation sequence")
-    dataloader_type: str = option("single", "single: in order; cyclic: shuffled anew each epoch", choices=("single", "cyclic"))
+    dataloader_type: str = option(
+        "single", "single: in order; cyclic: shuffled anew each epoch", choices=("single", "cyclic")
+    )
     no_data_sharding: bool = option(False, "cyclic: shuffle over all samples, not within a rank's share")
     num_workers: int = option(2, "threads that read samples ahead; 0 reads in the training loop")
-    json_keys: tuple[str, ...] = option(("text",), "keys of raw .jsonl lines that hold text", nargs="+")
+    json_keys: tuple[str, ...] = option(("text",), "keys of raw .jsonl lines that hold text", nargs="+", metavar="KEY")
     no_append_eod: bool = option(False, "raw text: do not end documents with the end-of-document token")
     no_create_attention_mask_in_dataloader: bool = option(False, "accepted: masks are never built as dense arrays here")
 
@@ -166,9 +216,11 @@ class Data:
 class Tokenizer:
     """Tokenizer. The one in --load unless another is named."""
 
-    tokenizer_type: str | None = option(None, "kind of tokenizer", choices=("PretrainedFromHF", "HuggingFaceTokenizer", "NullTokenizer"))
-    tokenizer_name_or_path: str | None = option(None, "Hugging Face tokenizer folder")
-    tokenizer_model: str | None = option(None, "Hugging Face tokenizer folder, or its tokenizer.json")
+    tokenizer_type: str | None = option(
+        None, "kind of tokenizer", choices=("PretrainedFromHF", "HuggingFaceTokenizer", "NullTokenizer")
+    )
+    tokenizer_name_or_path: str | None = option(None, "Hugging Face tokenizer folder", metavar="PATH")
+    tokenizer_model: str | None = option(None, "Hugging Face tokenizer folder, or its tokenizer.json", metavar="PATH")
     tokenizer_not_use_fast: bool = option(False, "use the slow tokenizer", aliases=("--tokenizer-hf-no-use-fast",))
     eod_id: int | None = option(None, "end-of-document id, instead of the tokenizer's")
     pad_id: int | None = option(None, "padding id, instead of the tokenizer's; -1 for none")
@@ -179,10 +231,12 @@ class Tokenizer:
 class Checkpoint:
     """Checkpoints."""
 
-    load: str | None = option(None, "Hugging Face folder, or the folder of a run")
-    save: str | None = option(None, "folder to write checkpoints, metrics and the final hf/ folder to")
-    save_interval: int | None = option(None, "iterations between checkpoints")
-    save_hf_interval: int | None = option(None, "iterations between Hugging Face folders; one is always written at the end")
+    load: str | None = option(None, "Hugging Face folder, or the folder of a run", metavar="DIR")
+    save: str | None = option(None, "folder to write checkpoints, metrics and the final hf/ folder to", metavar="DIR")
+    save_interval: int | None = option(None, "iterations between checkpoints", aliases=("--persistent-save-interval",))
+    save_hf_interval: int | None = option(
+        None, "iterations between Hugging Face folders; one is always written at the end"
+    )
     keep_last_k: int | None = option(None, "keep only so many checkpoints")
     async_save: bool = option(False, "write checkpoints in the background")
     ckpt_step: int | None = option(None, "iteration to load, instead of the latest")
@@ -214,7 +268,7 @@ class Logging:
     log_throughput: bool = option(False, "add TFLOP/s per device to the log line")
     log_params_norm: bool = option(False, "add the norm of the weights to the log line")
     log_num_zeros_in_grad: bool = option(False, "add the number of zeros in the gradient to the log line")
-    tensorboard_dir: str | None = option(None, "write TensorBoard events here")
+    tensorboard_dir: str | None = option(None, "write TensorBoard events here", metavar="DIR")
     tensorboard_log_interval: int = option(1, "iterations between TensorBoard events")
     tensorboard_queue_size: int = option(1000, "TensorBoard's queue")
     log_timers_to_tensorboard: bool = option(False, "TensorBoard: times")
@@ -223,11 +277,11 @@ class Logging:
     log_world_size_to_tensorboard: bool = option(False, "TensorBoard: number of processes")
     no_log_learning_rate_to_tensorboard: bool = option(False, "TensorBoard: leave out the learning rate")
     no_log_loss_scale_to_tensorboard: bool = option(False, "TensorBoard: leave out the loss scale")
-    wandb_project: str | None = option(None, "log to this Weights & Biases project (extra: wandb)")
-    wandb_exp_name: str | None = option(None, "name of the Weights & Biases run")
-    wandb_entity: str | None = option(None, "Weights & Biases entity")
-    wandb_save_dir: str | None = option(None, "Weights & Biases folder")
-    swanlab_project: str | None = option(None, "log to this SwanLab project (extra: swanlab)")
+    wandb_project: str | None = option(None, "log to this Weights & Biases project (extra: wandb)", metavar="NAME")
+    wandb_exp_name: str | None = option(None, "name of the Weights & Biases run", metavar="NAME")
+    wandb_entity: str | None = option(None, "Weights & Biases entity", metavar="NAME")
+    wandb_save_dir: str | None = option(None, "Weights & Biases folder", metavar="DIR")
+    swanlab_project: str | None = option(None, "log to this SwanLab project (extra: swanlab)", metavar="NAME")
 
 
 @dataclass(frozen=True)
@@ -262,7 +316,9 @@ class RunConfig:
         """The values as nested dicts: section -> field -> value; tuples become lists."""
         return {
             section.name: {
-                f.name: list(value) if isinstance(value := getattr(getattr(self, section.name), f.name), tuple) else value
+                f.name: list(value)
+                if isinstance(value := getattr(getattr(self, section.name), f.name), tuple)
+                else value
                 for f in fields(getattr(self, section.name))
             }
             for section in fields(self)

@@ -1,0 +1,163 @@
+"""One short function a verb: read its command line, check it, do it.
+
+The first sentence of a docstring is the verb's line in `tessel --help`. What does the work is
+imported inside, so that `--help` and errors of the command line need no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from tessel.config import verbs
+from tessel.config.megatron import MEGATRON, PREPROCESSING, ForeignFlags
+from tessel.config.parser import parse
+from tessel.config.run import RunConfig
+from tessel.config.show import format_config, mark_changes
+from tessel.config.validate import advice, validate, validate_generate, validate_samples
+
+Config = TypeVar("Config")
+
+
+def pretrain(argv: list[str]) -> None:
+    """Train a model on text, from a Hugging Face folder or from random weights."""
+    parsed = parse(RunConfig, argv, "tessel pretrain", MEGATRON)
+    cfg = validate(parsed.value)
+    _note(*parsed.notes, *advice(cfg, parsed.given))
+    if parsed.print_config:
+        derived = mark_changes(parsed.value, cfg, parsed.provenance, "derived")
+        print(format_config(*_with_model(cfg, parsed.given, derived)))
+        return
+    from tessel.train import pretrain as target
+
+    target.pretrain(cfg, parsed.given)
+
+
+def preprocess(argv: list[str]) -> None:
+    """Tokenize text files into a .bin/.idx dataset."""
+    cfg = _read(verbs.PreprocessConfig, argv, "preprocess", foreign=PREPROCESSING)
+    if cfg is None:
+        return
+    from tessel.data import preprocess as target
+
+    target.preprocess(cfg)
+
+
+def samples(argv: list[str]) -> None:
+    """Show what a run trains on: the samples of any step, back to their documents."""
+    cfg = _read(verbs.SamplesConfig, argv, "samples", validate_samples, MEGATRON)
+    if cfg is None:
+        return
+    from tessel.data import show as target
+    from tessel.train.batch_size import batch_size_of, train_iters_for
+
+    batch_size = batch_size_of(cfg.run.batch)
+    train_samples = cfg.run.batch.train_samples
+    train_iters = None if train_samples is None else train_iters_for(train_samples, batch_size)
+    target.show_samples(cfg, batch_size.at, train_iters)
+
+
+def generate(argv: list[str]) -> None:
+    """Continue a prompt with a trained model."""
+    cfg = _read(verbs.GenerateConfig, argv, "generate", validate_generate, MEGATRON)
+    if cfg is None:
+        return
+    from tessel.generate import command as target
+
+    target.generate(cfg)
+
+
+def inspect(argv: list[str]) -> None:
+    """Say what a model folder, a run or a dataset holds."""
+    cfg = _read(verbs.InspectConfig, argv, "inspect")
+    if cfg is None:
+        return
+    from tessel.report import inspect as target
+
+    target.inspect(cfg)
+
+
+def doctor(argv: list[str]) -> None:
+    """Say what this machine has, and what is missing for which verb."""
+    cfg = _read(verbs.DoctorConfig, argv, "doctor")
+    if cfg is None:
+        return
+    from tessel.report import doctor as target
+
+    target.doctor(cfg)
+
+
+def plot(argv: list[str]) -> None:
+    """Draw the loss curves of runs side by side."""
+    cfg = _read(verbs.PlotConfig, argv, "plot")
+    if cfg is None:
+        return
+    from tessel.report import plot as target
+
+    target.plot(cfg)
+
+
+def demo(argv: list[str]) -> None:
+    """Train a small model on real text from start to end, in about two minutes."""
+    cfg = _read(verbs.DemoConfig, argv, "demo")
+    if cfg is None:
+        return
+    from tessel import demo as target
+
+    target.demo(cfg)
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "pretrain": pretrain,
+    "preprocess": preprocess,
+    "samples": samples,
+    "generate": generate,
+    "inspect": inspect,
+    "doctor": doctor,
+    "plot": plot,
+    "demo": demo,
+}
+
+
+def _read(
+    cls: type[Config],
+    argv: list[str],
+    verb: str,
+    check: Callable[[Config], Config] | None = None,
+    foreign: ForeignFlags | None = None,
+) -> Config | None:
+    """The checked configuration of a verb; None where it was only to be shown."""
+    parsed = parse(cls, argv, f"tessel {verb}", foreign)
+    cfg: Config = parsed.value if check is None else check(parsed.value)
+    _note(*parsed.notes)
+    if parsed.print_config:
+        print(format_config(cfg, mark_changes(parsed.value, cfg, parsed.provenance, "derived")))
+        return None
+    return cfg
+
+
+def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str]) -> tuple[RunConfig, dict[str, str]]:
+    """`cfg` with the shape of its model filled in, and the provenance that says so."""
+    from tessel.model.shape import flags_of
+    from tessel.train.setup import model_config_of
+    from tessel.train.source import find_source
+
+    source = find_source(cfg.checkpoint, cfg.model)
+    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer)
+    actual = {
+        **flags_of(model_config),
+        "group_query_attention": model_config.num_key_value_heads < model_config.num_attention_heads,
+        "max_position_embeddings": model_config.max_position_embeddings,
+        "padded_vocab_size": model_config.vocab_size,
+    }
+    missing = {name: value for name, value in actual.items() if getattr(cfg.model, name) in (None, False)}
+    shown = replace(cfg, model=replace(cfg.model, **missing))
+    return shown, mark_changes(cfg, shown, provenance, "derived" if source.model_folder is None else "model")
+
+
+def _note(*lines: str) -> None:
+    """Remarks on the command line, on stderr: stdout belongs to the verb."""
+    for line in lines:
+        print(f"tessel: {line}", file=sys.stderr)

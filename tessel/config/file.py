@@ -1,0 +1,104 @@
+"""The YAML file of `--config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tessel.config.megatron import ForeignFlags
+from tessel.config.nearest import nearest
+from tessel.config.schema import Option, convert, flag_of
+from tessel.errors import TesselError, UsageError
+
+
+@dataclass(frozen=True)
+class FileValues:
+    """What a file says: values by field name, and the flags of other suites that it names."""
+
+    values: dict[str, Any]
+    foreign: list[str]
+
+
+def read_file(path: str, all_options: Sequence[Option], foreign: ForeignFlags) -> FileValues:
+    """Read the fields of `all_options` from YAML, flat or under the names of their sections.
+
+    Keys may be written with dashes or underscores; a key without a value counts as not given.
+
+    Raises:
+        TesselError: the file cannot be read, or is not YAML.
+        UsageError: an unknown or repeated key, or a value that does not fit its field.
+    """
+    by_name = {o.name: o for o in all_options}
+    found = FileValues({}, [])
+    for section, key, raw in _flat(_load(path), {o.path[-1] for o in all_options if o.path}, path):
+        name = key.replace("-", "_")
+        flag = flag_of(name)
+        where = f"{key} in {path}"
+        if name not in by_name:
+            said = [str(raw)] if flag in foreign.accepted and foreign.accepted[flag].num_values else []
+            if refusal := foreign.refusal(flag, said):
+                raise UsageError(f"{where}: {refusal}")
+            if flag in foreign.accepted:
+                found.foreign.append(flag)
+                continue
+            near = nearest(name, by_name)
+            raise UsageError(
+                f"unknown key {where}; " + (f"nearest: {', '.join(near)}." if near else "nothing is like it.")
+            )
+        o = by_name[name]
+        if section is not None and o.path[-1:] != (section,):
+            home = f"section {o.path[-1]}" if o.path else "the top level"
+            raise UsageError(f"{where} stands in section {section}: move it to {home}, or to the top level.")
+        if raw is None:
+            continue
+        if name in found.values:
+            raise UsageError(f"{where} is given twice; keep one of them.")
+        found.values[name] = convert(o, raw, where)
+    return found
+
+
+def _flat(tree: Mapping[Any, Any], sections: set[str], path: str) -> list[tuple[str | None, str, Any]]:
+    """(section or None, key, value) of every entry. A section and a field may share a name."""
+    entries: list[tuple[str | None, str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            if key not in sections:
+                near = nearest(str(key), sections) or sorted(sections)
+                raise UsageError(f"unknown section {key} in {path}; nearest: {', '.join(near)}.")
+            entries.extend((str(key), str(inner), raw) for inner, raw in value.items())
+        elif value is not None or key not in sections:
+            entries.append((None, str(key), value))
+    return entries
+
+
+def _load(path: str) -> Mapping[Any, Any]:
+    # Not at the top: most commands have no file, and start-up is to stay light.
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice in one mapping, where plain YAML keeps the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key, (key_node, _) in zip(keys, node.value, strict=True):
+                if keys.count(key) > 1:
+                    line = key_node.start_mark.line + 1
+                    raise UsageError(f"{key} in {path} is given twice (line {line}); keep one of them.")
+            return super().construct_mapping(node, deep)
+
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise TesselError(f"--config {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
+    except UnicodeDecodeError:
+        raise TesselError(f"--config {path} is not UTF-8 text. Give a YAML file.") from None
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise TesselError(f"--config {path} is not YAML: {detail}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        raise UsageError(f"--config {path} holds a {type(tree).__name__}: it must be a mapping of names to values.")
+    return tree

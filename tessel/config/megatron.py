@@ -1,0 +1,266 @@
+"""Flags of Megatron-LM and MindSpeed-LLM that have no field here, and why.
+
+Three tables. `ACCEPTED`: what the flag asks for is always so here, or has nothing to act on in one
+process; it is taken, and the reason is printed once. `INSTEAD`: another flag does it. `LATER`: tessel
+does not do it; refused, since a flag that is accepted and ignored changes results in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+MANY = 1_000
+"""As a number of values: all up to the next flag."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A flag without effect: how many values follow it, why it does nothing, and which values are fine."""
+
+    num_values: int
+    reason: str
+    only: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ForeignFlags:
+    """Flags of other suites, as the parser wants them."""
+
+    accepted: Mapping[str, Accepted] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
+    later: Mapping[str, str] = field(default_factory=dict)
+    later_families: Sequence[tuple[str, str]] = ()
+
+    def names(self) -> Iterable[str]:
+        """Every flag that is known by its whole name."""
+        return (*self.accepted, *self.instead, *self.later)
+
+    def refusal(self, flag: str, values: Sequence[str] = ()) -> str | None:
+        """Why `flag` is refused, as a sentence about it; None if it is not."""
+        if flag in self.accepted:
+            only = self.accepted[flag].only
+            if only is None or all(value in only for value in values):
+                return None
+            return (
+                f"{flag} {' '.join(values)} is not supported yet: only {' or '.join(only)}, which is what tessel does."
+            )
+        if flag in self.instead:
+            return f"{flag} is not a flag of tessel: {self.instead[flag]}."
+        what = self.later.get(flag)
+        if what is None:
+            what = next((text for prefix, text in self.later_families if flag.startswith(prefix)), None)
+        return None if what is None else f"{flag} is not supported yet: {what}; leave it out."
+
+    def notes(self, flags: Iterable[str]) -> list[str]:
+        """One line that says why each of `flags`, all accepted ones, has no effect; none for no flags."""
+        by_reason: dict[str, list[str]] = {}
+        for flag in dict.fromkeys(flags):
+            by_reason.setdefault(self.accepted[flag].reason, []).append(flag)
+        if not by_reason:
+            return []
+        told = "; ".join(f"{' '.join(names)} ({reason})" for reason, names in by_reason.items())
+        return [f"accepted without effect: {told}"]
+
+
+def _accepted(reason: str, flags: str) -> dict[str, Accepted]:
+    """Rows of one reason: flags apart by spaces, `=N` or `=*` after one that takes values."""
+    rows = {}
+    for entry in flags.split():
+        flag, _, count = entry.partition("=")
+        rows[flag] = Accepted(MANY if count == "*" else int(count or 0), reason)
+    return rows
+
+
+ACCEPTED: dict[str, Accepted] = {
+    **_accepted("there is one model implementation", "--use-mcore-models --transformer-impl=1 --spec=*"),
+    **_accepted("kernels are chosen here by --attention-backend and --compile", (
+        "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb --use-fused-mlp "
+        "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
+        "--no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --cross-entropy-loss-fusion "
+        "--cross-entropy-fusion-impl=1 --memory-efficient-layer-norm --disable-jit-fuser"
+    )),
+    **_accepted("always so", (
+        "--attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 --apply-query-key-layer-scaling "
+        "--exit-signal-handler --use-checkpoint-args --use-cpu-initialization --no-initialization --use-dist-ckpt "
+        "--dist-ckpt-format=1 --auto-detect-ckpt-format --no-one-logger --no-shared-storage "
+        "--no-position-embedding --no-use-tokenizer-model-from-checkpoint-args "
+        "--disable-symmetric-registration --keep-sequential-samples --use-kv-cache"
+    )),
+    **_accepted("one process", (
+        "--distributed-backend=1 --distributed-timeout-minutes=1 --disable-gloo-group --disable-gloo-process-groups "
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --sequence-parallel "
+        "--overlap-param-gather-with-optimizer-step --no-align-grad-reduce --no-align-param-gather "
+        "--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --ddp-num-buckets=1 "
+        "--ddp-bucket-size=1 --ddp-average-in-collective --ddp-pad-buckets-for-high-nccl-busbw "
+        "--no-async-tensor-model-parallel-allreduce --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
+        "--local-rank=1 --lazy-mpu-init=1 --use-custom-fsdp --use-megatron-fsdp --use-torch-fsdp2 "
+        "--data-parallel-sharding-strategy=1 --outer-dp-sharding-strategy=1 --no-gradient-reduce-div-fusion "
+        "--suggested-communication-unit-size=1 --num-distributed-optimizer-instances=1 --cp-comm-type=* "
+        "--context-parallel-algo=1 --use-cp-send-recv-overlap --nccl-communicator-config-path=1 "
+        "--use-tp-pp-dp-mapping --tp-comm-overlap --tp-comm-overlap-cfg=1 --disable-tp-comm-overlap-ag "
+        "--disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad --disable-tp-comm-bulk-dgrad "
+        "--disable-tp-comm-bulk-wgrad --tp-comm-bootstrap-backend=1 --disable-tp-comm-split-ag "
+        "--disable-tp-comm-split-rs --pipeline-model-parallel-comm-backend=1 --data-parallel-random-init "
+        "--no-clone-scatter-output-in-embedding --check-weight-hash-across-dp-replicas-interval=1 "
+        "--distribute-saved-activations --defer-embedding-wgrad-compute --wgrad-deferral-limit=1 --use-sharp "
+        "--use-nccl-ub --create-all-gather-group --high-priority-stream-groups=* --use-ascend-mc2 --use-mc2 "
+        "--use-ascend-coc --coc-parallel-num=1 --coc-fused-kernel --enable-recompute-layers-per-pp-rank "
+        "--kv-head-repeat-before-uly-alltoall --use-fused-ring-attention-update --cp-window-size=1 "
+        "--torch-fsdp2-no-reshard-after-forward --init-model-with-meta-device"
+    )),
+    **_accepted("data is memory-mapped and indexed in one pass", (
+        "--num-dataset-builder-threads=1 --no-mmap-bin-files --dataloader-fast-cache-load "
+        "--dataloader-defer-npy-index-mmap --dataset-impl=1"
+    )),
+    **_accepted("timers cost nothing to speak of and are always on", (
+        "--timing-log-level=1 --timing-log-option=1 --no-barrier-with-level-1-timing --train-sync-interval=1"
+    )),
+    **_accepted("no such service or setting here", (
+        "--one-logger-project=1 --one-logger-run-name=1 --one-logger-async --app-tag-run-name=1 "
+        "--app-tag-run-version=1 --logging-level=1 --disable-msc --enable-msc --empty-unused-memory-level=1 "
+        "--no-manual-gc-eval --rerun-mode=1 --te-rng-tracker --inference-rng-tracker"
+    )),
+    **_accepted("tessel's checkpoints have one format and check every tensor", (
+        "--ckpt-fully-parallel-save --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load "
+        "--ckpt-assume-constant-structure --dist-ckpt-strictness=1 --use-persistent-ckpt-worker "
+        "--use-mp-args-from-checkpoint-args --ckpt-drop-redundant-extra-state"
+    )),
+    "--attention-mask-type": Accepted(1, "always so", only=("causal",)),
+    "--expert-tensor-parallel-size": Accepted(1, "one process", only=("1",)),
+    "--encoder-tensor-model-parallel-size": Accepted(1, "one process", only=("0", "1")),
+    "--encoder-pipeline-model-parallel-size": Accepted(1, "one process", only=("0",)),
+    "--partitions": Accepted(1, "one process", only=("1",)),
+    "--handler-name": Accepted(1, "always so", only=("GeneralPretrainHandler",)),
+}  # fmt: skip
+
+INSTEAD: dict[str, str] = {
+    "--batch-size": "use --micro-batch-size",
+    "--warmup": "use --lr-warmup-fraction",
+    "--model-parallel-size": "use --tensor-model-parallel-size",
+    "--checkpoint-activations": "use --recompute-activations",
+    "--encoder-num-layers": "use --num-layers",
+    "--encoder-seq-length": "use --seq-length",
+    "--max-length": "use --seq-length, or --max-new-tokens in generate",
+    "--rotary-seq-len-interpolation-factor": "use --rope-scaling-type linear --rope-scaling-factor N",
+    "--pretrained-checkpoint": "use --load DIR --finetune",
+    "--vocab-file": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
+    "--merge-file": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
+    "--tiktoken-pattern": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
+    "--tiktoken-num-special-tokens": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
+    "--tiktoken-special-tokens": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
+    "--mock-data": "give --data-path any text file instead",
+    "--npu-deterministic": "use --deterministic-mode",
+    "--jit-compile": "use --compile",
+    "--null-tokenizer-eod-id": "use --eod-id",
+    "--null-tokenizer-pad-id": "use --pad-id",
+    "--most-recent-k": "use --keep-last-k",
+    "--model-type": "the kind of model is read from config.json",
+    "--model-type-hf": "the family is read from config.json",
+    "--no-load-strict": "missing or surplus tensors are always errors",
+}
+
+LATER: dict[str, str] = {
+    **dict.fromkeys(("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
+                    "a run of several processes"),
+    **dict.fromkeys(("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank",
+                     "--num-layer-list", "--noop-layers", "--pipeline-model-parallel-split-rank",
+                     "--microbatch-group-size-per-virtual-pipeline-stage", "--pipeline-model-parallel-layout",
+                     "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers",
+                     "--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split",
+                     "--schedules-method"), "pipelines over several processes"),
+    **dict.fromkeys(("--ulysses-degree-in-cp", "--hierarchical-context-parallel-sizes"), "context parallelism"),
+    **dict.fromkeys(("--tp-2d", "--tp-x", "--tp-y"), "two-dimensional tensor parallelism"),
+    **dict.fromkeys(("--num-experts", "--first-k-dense-replace", "--gemm-gradient-accumulation-fusion",
+                     "--use-fused-moe-token-permute-and-unpermute"), "mixture-of-experts models"),
+    **dict.fromkeys(("--recompute-modules", "--recompute-activation-function",
+                     "--recompute-activation-function-num-layers", "--swap-attention", "--swap-optimizer",
+                     "--optimizer-cpu-offload", "--optimizer-offload-fraction", "--use-torch-optimizer-for-cpu-offload",
+                     "--overlap-cpu-optimizer-d2h-h2d", "--no-pin-cpu-grads", "--no-pin-cpu-params"),
+                    "finer ways to save memory (--recompute-granularity is there)"),
+    **dict.fromkeys(("--reuse-fp32-param", "--o2-optimizer", "--o2-gradient", "--use-precision-aware-optimizer",
+                     "--main-grads-dtype", "--main-params-dtype", "--exp-avg-dtype", "--exp-avg-sq-dtype",
+                     "--grad-reduce-in-bf16", "--fp16-lm-cross-entropy", "--fp32-residual-connection",
+                     "--disable-bf16-reduced-precision-matmul", "--first-last-layers-bf16",
+                     "--num-layers-at-start-in-bf16", "--num-layers-at-end-in-bf16"),
+                    "precisions beyond --bf16, --fp16 and --fp32"),
+    **dict.fromkeys(("--init-method-xavier-uniform", "--iterations-to-skip", "--decrease-batch-size-if-needed",
+                     "--check-for-spiky-loss", "--check-for-large-grads", "--step-batch-size-schedule",
+                     "--result-rejected-tracker-filename", "--log-progress", "--log-straggler", "--log-energy",
+                     "--disable-straggler-on-startup", "--straggler-ctrlr-port", "--straggler-minmax-count",
+                     "--error-injection-rate", "--error-injection-type", "--config-logger-dir",
+                     "--run-workload-inspector-server", "--workload-inspector-server-port",
+                     "--adlr-autoresume", "--adlr-autoresume-interval", "--s3-cache-path",
+                     "--object-storage-cache-path", "--eval-global-batch-size", "--eval-micro-batch-size",
+                     "--start-eval-at-iter", "--multiple-validation-sets", "--phase-transition-iterations",
+                     "--per-dataset-sequences-path", "--record-memory-history", "--memory-snapshot-path"),
+                    "tessel has nothing like it"),
+    **dict.fromkeys(("--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-convert-update-legacy-dist-opt-format",
+                     "--replication", "--replication-jump", "--replication-factor"), "other formats of checkpoints"),
+    **dict.fromkeys(("--stage", "--is-instruction-dataset", "--is-pairwise-dataset", "--no-pad-to-seq-lengths",
+                     "--variable-seq-lengths", "--no-shuffle", "--padded-samples", "--pack", "--neat-pack",
+                     "--prompt-type", "--enable-thinking", "--pad-to-multiple-of", "--sft",
+                     "--train-on-prompt", "--mask-history", "--history-turns"), "fine-tuning on dialogues"),
+    **dict.fromkeys(("--qlora", "--qlora-nf4", "--qlora-save-dequantize"), "LoRA"),
+    **dict.fromkeys(("--map-keys", "--overwrite-cache", "--n-subs", "--cache-dir", "--merge-group-keys",
+                     "--streaming", "--mix-strategy", "--split-sentences", "--keep-newlines", "--lang"),
+                    "preprocessing beyond plain .jsonl and .txt"),
+    **dict.fromkeys(("--num-beams", "--hf-chat-template", "--add-eos-token", "--stream", "--prompt-file",
+                     "--inference-batch-times-seqlen-threshold", "--max-tokens-to-oom"),
+                    "generation beyond plain continuation of prompts"),
+    **dict.fromkeys(("--use-legacy-models", "--multi-latent-attention", "--mtp-num-layers",
+                     "--mtp-loss-scaling-factor", "--apply-layernorm-1p", "--openai-gelu", "--squared-relu",
+                     "--quick-geglu", "--rotary-interleaved", "--mrope-section", "--onnx-safe",
+                     "--apply-residual-connection-post-layernorm", "--relative-attention-num-buckets",
+                     "--relative-attention-max-distance", "--bert-no-binary-head", "--decoder-num-layers",
+                     "--decoder-seq-length", "--vocab-extra-ids", "--window-size", "--window-attn-skip-freq",
+                     "--no-rope-freq", "--rope-type", "--is-hybrid-model", "--apply-wd-to-qk-layernorm",
+                     "--add-position-embedding", "--max-tokens-per-batch", "--sparse-mode"),
+                    "models other than Qwen2, Qwen3, Llama and Mistral as config.json describes them"),
+}  # fmt: skip
+
+LATER_FAMILIES: tuple[tuple[str, str], ...] = (
+    ("--moe-", "mixture-of-experts models"),
+    ("--lora-", "LoRA"),
+    ("--lu-lora-", "LoRA"),
+    ("--fp8-", "fp8 training (use --bf16)"),
+    ("--fp4-", "fp4 training (use --bf16)"),
+    ("--profile", "profiling"),
+    ("--use-pytorch-profiler", "profiling"),
+    ("--use-nsys-profiler", "profiling"),
+    ("--pytorch-profiler-", "profiling"),
+    ("--dpo-", "preference optimisation"),
+    ("--rl-", "reinforcement learning"),
+    ("--grpo-", "reinforcement learning"),
+    ("--muon-", "the Muon optimizer (--optimizer adam or sgd)"),
+    ("--retro-", "retrieval"),
+    ("--mla-", "latent attention"),
+    ("--yarn-", "YaRN by flags (a config.json with YaRN works)"),
+    ("--fim-", "fill-in-the-middle data"),
+    ("--mamba-", "state-space models"),
+    ("--hybrid-", "state-space models"),
+    ("--inprocess-", "restarts inside a process"),
+    ("--enable-ft-package", "restarts by a fault-tolerance service"),
+    ("--calc-ft-timeouts", "restarts by a fault-tolerance service"),
+    ("--ft-", "restarts by a fault-tolerance service"),
+    ("--non-persistent-", "temporary checkpoints"),
+    ("--cuda-graph", "CUDA graphs"),
+    ("--enable-cuda-graph", "CUDA graphs"),
+    ("--inference-", "Megatron's inference server"),
+    ("--heterogeneous-layers-config-", "layers of unequal shape"),
+    ("--kitchen-", "quantisation recipes"),
+    ("--logits-", "distillation"),
+    ("--otel-", "OpenTelemetry"),
+    ("--wandb-", "this Weights & Biases setting"),
+)
+
+MEGATRON = ForeignFlags(ACCEPTED, INSTEAD, LATER, LATER_FAMILIES)
+"""For the verbs that take a model's or a run's flags."""
+
+PREPROCESSING = ForeignFlags(
+    {**ACCEPTED, "--log-interval": Accepted(1, "progress shows itself")},
+    INSTEAD,
+    {**LATER, **dict.fromkeys(("--seq-length", "--seed"), "preprocessing into samples of one length")},
+    LATER_FAMILIES,
+)
+"""For `tessel preprocess`."""

@@ -1,0 +1,101 @@
+"""A configuration made whole: rules checked, and values that follow from others filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tessel.config.rules import RULES, SAMPLE_RULES
+from tessel.config.run import RunConfig
+from tessel.errors import UsageError
+
+if TYPE_CHECKING:
+    from tessel.config.verbs import GenerateConfig, SamplesConfig
+
+
+def validate(cfg: RunConfig) -> RunConfig:
+    """Check the static rules of a training run and fill in what follows from other fields.
+
+    Filled in: `global_batch_size`, `start_weight_decay`, `end_weight_decay`, `decoupled_min_lr`,
+    `recompute_granularity`, `position_embedding_type`, `loss_scale`.
+
+    Raises:
+        UsageError: a rule is broken; names field, value, rule and remedy.
+    """
+    for rule in RULES:
+        rule(cfg)
+    return _resolved(cfg)
+
+
+def validate_samples(cfg: SamplesConfig) -> SamplesConfig:
+    """Check what the samples of a run depend on; a model, a schedule and a length may be missing.
+
+    Raises:
+        UsageError: a rule is broken.
+    """
+    for rule in SAMPLE_RULES:
+        rule(cfg.run)
+    return replace(cfg, run=_resolved(cfg.run))
+
+
+def validate_generate(cfg: GenerateConfig) -> GenerateConfig:
+    """Check the numbers of sampling.
+
+    Raises:
+        UsageError: a rule is broken.
+    """
+    asked = [f"--{name}" for name in ("fp32", "bf16", "fp16") if getattr(cfg, name)]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} contradict each other: keep one of them.")
+    if cfg.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {cfg.max_new_tokens}: it must be at least 1.")
+    if cfg.temperature <= 0:
+        raise UsageError(f"--temperature is {cfg.temperature}: it must be above 0; --greedy takes the likeliest token.")
+    if cfg.top_k < 0:
+        raise UsageError(f"--top-k is {cfg.top_k}: it must not be negative; 0 draws among all tokens.")
+    if not 0 < cfg.top_p <= 1:
+        raise UsageError(f"--top-p is {cfg.top_p}: it must be above 0 and at most 1.")
+    return cfg
+
+
+def advice(cfg: RunConfig, given: Collection[str]) -> list[str]:
+    """Lines on flags of `given` that do nothing beside the others, for the start of a run.
+
+    Megatron takes such flags, and its users' scripts hold them, so they are no errors.
+    """
+    idle: list[tuple[str, str]] = []
+    if cfg.checkpoint.save is None:
+        idle += [(name, "--save") for name in ("save_interval", "save_hf_interval", "keep_last_k", "async_save")]
+    if not cfg.kernels.manual_gc:
+        idle += [("manual_gc_interval", "--manual-gc")]
+    if cfg.schedule.lr_decay_style != "WSD":
+        wsd = ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
+        idle += [(name, "--lr-decay-style WSD") for name in wsd]
+    if cfg.logging.tensorboard_dir is None:
+        idle += [("log_timers_to_tensorboard", "--tensorboard-dir"), ("log_memory_to_tensorboard", "--tensorboard-dir")]
+    lines = [f"--{name.replace('_', '-')} does nothing without {needed}" for name, needed in idle if name in given]
+    if cfg.checkpoint.save is None and not cfg.batch.skip_train:
+        lines.append("nothing will be saved: there is no --save")
+    return lines
+
+
+def _resolved(cfg: RunConfig) -> RunConfig:
+    optimizer, kernels = cfg.optimizer, cfg.kernels
+    if optimizer.weight_decay_incr_style == "constant":
+        optimizer = replace(
+            optimizer, start_weight_decay=optimizer.weight_decay, end_weight_decay=optimizer.weight_decay
+        )
+    if optimizer.decoupled_lr is not None and optimizer.decoupled_min_lr is None:
+        optimizer = replace(optimizer, decoupled_min_lr=cfg.schedule.min_lr)
+    if kernels.recompute_activations:
+        kernels = replace(kernels, recompute_granularity="selective")
+    batch, model, precision = cfg.batch, cfg.model, cfg.precision
+    if batch.global_batch_size is None:
+        batch = replace(batch, global_batch_size=batch.micro_batch_size)
+    if model.use_rotary_position_embeddings:
+        model = replace(model, position_embedding_type="rope")
+    if precision.loss_scale == 0:
+        # Megatron's old spelling of a dynamic loss scale.
+        precision = replace(precision, loss_scale=None)
+    return replace(cfg, optimizer=optimizer, kernels=kernels, batch=batch, model=model, precision=precision)

@@ -1,0 +1,124 @@
+"""What the verbs other than `tessel pretrain` are asked to do.
+
+A docstring's first sentence is the heading of the fields in `--help`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from tessel.config.field import REQUIRED, option
+from tessel.config.run import RunConfig, Tokenizer
+
+DEVICES = ("auto", "cpu", "cuda", "npu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """Input and output."""
+
+    input: tuple[str, ...] = option(
+        REQUIRED, "files of text: .jsonl, or .txt with one document a line", nargs="+", metavar="FILE"
+    )
+    output_prefix: str = option(REQUIRED, "where to write: PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
+    json_keys: tuple[str, ...] = option(
+        ("text",), "keys of a .jsonl line that hold text; a dataset each", nargs="+", metavar="KEY"
+    )
+    append_eod: bool = option(False, "end each document with the end-of-document token")
+    workers: int = option(1, "processes that tokenize")
+    vocab_size: int | None = option(None, "vocabulary of a NullTokenizer: the end-of-document id")
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Which samples.
+
+    `run` takes every flag of `tessel pretrain`, so that the command line or the file of a run can be
+    given as it is; those that do not shape its data change nothing, and `--help` leaves them out.
+    """
+
+    help_sections: ClassVar[frozenset[str]] = frozenset({"batch", "data", "tokenizer", "evaluation"})
+
+    split_name: str = option("train", "which split", choices=("train", "valid", "test"))
+    index: str | None = option(
+        None, "samples FIRST:END of the split, in the order of training (END not included)", metavar="FIRST:END"
+    )
+    step: str | None = option(
+        None,
+        "samples of the iterations FIRST:END, counted from 1 as the log does (END not included)",
+        metavar="FIRST:END",
+    )
+    num_samples: str | None = option(
+        None,
+        "size of train, valid and test, such as 600,30,2, instead of --train-iters and the like; None: one epoch",
+        metavar="N,N,N",
+    )
+    json: bool = option(False, "one JSON object a line: index, tokens, labels, loss_mask, position_ids, pieces")
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Generation."""
+
+    load: str = option(REQUIRED, "Hugging Face folder, or the folder of a run", metavar="DIR")
+    prompt: tuple[str, ...] = option(REQUIRED, "texts to continue, one after another", nargs="+", metavar="TEXT")
+    max_new_tokens: int = option(128, "most tokens to add to a prompt")
+    temperature: float = option(1.0, "below 1 likelier, above 1 more varied")
+    top_k: int = option(0, "draw among so many likeliest tokens; 0: all")
+    top_p: float = option(1.0, "draw among the likeliest tokens that hold this much probability")
+    greedy: bool = option(False, "always the likeliest token")
+    ignore_eos: bool = option(False, "go on after the end-of-text token")
+    no_stream: bool = option(False, "print a text when it is whole, not as it grows")
+    seed: int = option(1234, "seed of the draws")
+    device: str = option("auto", "where to run", choices=DEVICES)
+    fp32: bool = option(False, "compute in fp32 (the default)")
+    bf16: bool = option(False, "compute in bf16")
+    fp16: bool = option(False, "compute in fp16")
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """What to look at."""
+
+    path: str = option(
+        REQUIRED, "Hugging Face folder, folder of a run, or a .bin/.idx (or its prefix)", positional=True
+    )
+    json: bool = option(False, "print one JSON object")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Output."""
+
+    json: bool = option(False, "print one JSON object")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Plot."""
+
+    runs: tuple[str, ...] = option(
+        REQUIRED, "folders of runs, or their metrics files", nargs="+", positional=True, metavar="RUN"
+    )
+    output: str = option("plot.png", "PNG to write", metavar="FILE")
+    metric: tuple[str, ...] = option(
+        ("lm loss",), "what to draw, a panel each, by the names of the metrics file", nargs="+", metavar="NAME"
+    )
+    x: str = option("iteration", "horizontal axis", choices=("iteration", "samples", "tokens", "time"))
+    smooth: int = option(1, "mean over so many points")
+    title: str | None = option(None, "title of the picture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Demo."""
+
+    data: str | None = option(None, "your own text, instead of the Python language reference", metavar="FILE")
+    output: str = option("tessel-demo", "folder to write to", metavar="DIR")
+    train_iters: int = option(200, "optimizer steps")
+    device: str = option("auto", "where to run", choices=DEVICES)
+    seed: int = option(1234, "seed of data order and initial weights")
