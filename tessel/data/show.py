@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tessel.config.run import Batch, Evaluation, RunConfig
+from tessel.config.run import Batch, RunConfig
 from tessel.data.blend import BlendedDataset
 from tessel.data.build import Dataset, Splits, build_splits, sample_options, summary
 from tessel.data.sampler import SampleOrder, sample_ids
@@ -17,6 +17,7 @@ from tessel.data.samples import GPTDataset, Piece, Sample
 from tessel.data.split import SPLITS, num_samples_for
 from tessel.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from tessel.errors import TesselError, UsageError
+from tessel.runtime.files import require_path
 
 if TYPE_CHECKING:
     from tessel.config.verbs import SamplesConfig
@@ -35,21 +36,30 @@ class Shown:
     epochs: tuple[int, int]  # the first and last epoch of the dataset that it draws from
 
 
-def show_samples(cfg: SamplesConfig) -> None:
+def show_samples(
+    cfg: SamplesConfig, batch_size_at: Callable[[int], int] | None = None, train_iters: int | None = None
+) -> None:
     """Print the samples that --index or --step names, as text or as one JSON object a line.
+
+    `batch_size_at(consumed_samples)` is the run's global batch size (constant if not given), and
+    `train_iters` its length where --train-iters does not say it.
 
     Raises:
         UsageError: flags that contradict each other or cannot be read.
         TesselError: the data is missing or damaged, or has no such sample.
     """
-    tokenizer = _tokenizer(cfg)
+    run = cfg.run
+    if run.batch.seq_length is None:
+        raise UsageError("--seq-length is missing: it says how many tokens a sample has.")
+    tokenizer = _tokenizer(run)
+    options = sample_options(run.data, run.tokenizer, tokenizer, run.batch.seq_length, run.precision.seed)
     # Lines about caches must not mix with JSON.
     with contextlib.redirect_stdout(sys.stderr):
-        splits = _splits(cfg, tokenizer)
+        splits = build_splits(run.data, options, tokenizer, _num_samples(cfg, train_iters))
     dataset = _split(splits, cfg.split_name)
     if not cfg.json:
         print(f"{cfg.split_name}: {summary(dataset)}")
-    for shown in _select(cfg, dataset):
+    for shown in _select(cfg, dataset, batch_size_at or _constant(run.batch)):
         if cfg.json:
             print(json.dumps(as_json(shown)))
         else:
@@ -94,18 +104,16 @@ def as_text(shown: Shown, tokenizer: Tokenizer | None) -> Iterator[str]:
         yield from (f"    {line}" for line in text.splitlines())
 
 
-def _tokenizer(cfg: SamplesConfig) -> Tokenizer | None:
-    """The tokenizer that is named, or the one in --load; None where there is neither."""
-    section = cfg.tokenizer
+def _tokenizer(run: RunConfig) -> Tokenizer | None:
+    """The tokenizer that is named, or the one of the model; None where there is neither."""
+    section = run.tokenizer
+    folder = run.checkpoint.load or run.model.init_from_config
+    if folder is not None:
+        require_path(folder, "--load" if run.checkpoint.load else "--init-from-config")
     named = section.tokenizer_type or section.tokenizer_name_or_path or section.tokenizer_model
-    if not named and (cfg.load is None or not has_tokenizer(cfg.load)):
+    if not named and (folder is None or not has_tokenizer(folder)):
         return None
-    return load_tokenizer(section, cfg.load, cfg.vocab_size)
-
-
-def _splits(cfg: SamplesConfig, tokenizer: Tokenizer | None) -> Splits:
-    options = sample_options(cfg.data, cfg.tokenizer, tokenizer, cfg.seq_length, cfg.seed)
-    return build_splits(cfg.data, options, tokenizer, _num_samples(cfg))
+    return load_tokenizer(section, folder, run.model.vocab_size)
 
 
 def _split(splits: Splits, name: str) -> Dataset:
@@ -115,25 +123,19 @@ def _split(splits: Splits, name: str) -> Dataset:
     return dataset
 
 
-def _num_samples(cfg: SamplesConfig) -> tuple[int | None, int | None, int | None]:
-    """--num-samples, or what a run of --train-iters would ask for; otherwise one epoch of each."""
+def _num_samples(cfg: SamplesConfig, train_iters: int | None) -> tuple[int | None, int | None, int | None]:
+    """--num-samples, or what a run of --train-iters or --train-samples asks for; otherwise one epoch of each."""
     if cfg.num_samples is not None:
         train, valid, test = parse_num_samples(cfg.num_samples)
         return train, valid, test
-    if cfg.train_iters is None and cfg.train_samples is None:
+    batch = cfg.run.batch
+    if batch.train_iters is None and batch.train_samples is None:
         return None, None, None
-    batch = Batch(
-        micro_batch_size=cfg.micro_batch_size,
-        global_batch_size=cfg.global_batch_size,
-        train_samples=cfg.train_samples,
-    )
-    evaluation = Evaluation(
-        eval_interval=cfg.eval_interval, eval_iters=cfg.eval_iters, full_validation=cfg.full_validation
-    )
-    train_iters = cfg.train_iters
-    if train_iters is None and cfg.train_samples is not None:
-        train_iters = cfg.train_samples // (cfg.global_batch_size or cfg.micro_batch_size)
-    return num_samples_for(RunConfig(batch=batch, evaluation=evaluation), train_iters)
+    if batch.train_iters is not None:
+        train_iters = batch.train_iters
+    elif train_iters is None:
+        train_iters = (batch.train_samples or 0) // (batch.global_batch_size or batch.micro_batch_size)
+    return num_samples_for(cfg.run, train_iters)
 
 
 def parse_num_samples(text: str) -> list[int | None]:
@@ -163,7 +165,14 @@ def parse_range(text: str, flag: str) -> tuple[int, int]:
     return first, end
 
 
-def _select(cfg: SamplesConfig, dataset: Dataset) -> Iterator[Shown]:
+def _constant(batch: Batch) -> Callable[[int], int]:
+    if batch.rampup_batch_size is not None:
+        raise UsageError("--rampup-batch-size: the batch sizes of this run are not known here; give --index.")
+    size = batch.global_batch_size or batch.micro_batch_size
+    return lambda consumed_samples: size
+
+
+def _select(cfg: SamplesConfig, dataset: Dataset, batch_size_at: Callable[[int], int]) -> Iterator[Shown]:
     """The samples that the flags name, in order."""
     if cfg.step is None:
         first, end = parse_range(cfg.index or "0:8", "--index")
@@ -177,11 +186,15 @@ def _select(cfg: SamplesConfig, dataset: Dataset) -> Iterator[Shown]:
     first, end = parse_range(cfg.step, "--step")
     if first < 1:
         raise UsageError(f"--step {cfg.step}: steps count from 1, as iterations do in the log.")
-    size = cfg.global_batch_size or cfg.micro_batch_size
-    order = SampleOrder(cfg.data.dataloader_type, not cfg.data.no_data_sharding)
-    for step in range(first, end):
-        for i in sample_ids(len(dataset), (step - 1) * size, size, cfg.micro_batch_size, order).tolist():
-            yield look_up(dataset, i, step)
+    data = cfg.run.data
+    order = SampleOrder(data.dataloader_type, not data.no_data_sharding)
+    consumed = 0
+    for step in range(1, end):
+        size = batch_size_at(consumed)
+        if step >= first:
+            for i in sample_ids(len(dataset), consumed, size, cfg.run.batch.micro_batch_size, order).tolist():
+                yield look_up(dataset, i, step)
+        consumed += size
 
 
 def look_up(dataset: Dataset, i: int, step: int | None) -> Shown:

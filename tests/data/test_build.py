@@ -14,6 +14,7 @@ from tessel.data.check import check_dataset, check_token_ids
 from tessel.data.indexed import IndexedDataset
 from tessel.data.samples import GPTDataset
 from tessel.data.split import num_samples_for, split_bounds
+from tessel.data.tokenizer import load_tokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.runtime.log import warn_once
 
@@ -230,3 +231,24 @@ def test_token_ids_past_the_vocabulary(tmp_path: Path, bad: int) -> None:
     write_random(tmp_path / "good", [20] * 5, vocab_size=50)
     check_token_ids(IndexedDataset(tmp_path / "good"), 50)
     check_dataset(None, 50)
+
+
+def test_raw_text_is_tokenized_once(
+    tmp_path: Path, tiny_tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("".join(f"the quick brown fox jumps over line {i}\n" for i in range(60)))
+    tokenizer = load_tokenizer(Tokenizer(tokenizer_name_or_path=str(tiny_tokenizer_folder)))
+    cfg = config(tmp_path, str(text), data_cache_path=str(tmp_path / "cache"), eod_mask_loss=True)
+    first = build_datasets(cfg, tokenizer, (20, 5, 0))
+    assert "reused" not in capsys.readouterr().out
+    again = build_datasets(cfg, tokenizer, (20, 5, 0))
+    out = capsys.readouterr().out
+    assert "tokenized before, reused" in out
+    assert f"data index cache {tmp_path / 'cache'}: 3 reused, 0 built" in out
+    assert first.train is not None
+    assert again.train is not None
+    assert isinstance(first.train, GPTDataset)
+    assert first.train.config.eod_id == tokenizer.eod
+    assert first.train.indexed.get(0)[-1] == tokenizer.eod
+    assert np.array_equal(first.train[3]["tokens"], again.train[3]["tokens"])
