@@ -87,7 +87,9 @@ class InspectConfig:
     path: str = option(
         REQUIRED, "Hugging Face folder, folder of a run, or a .bin/.idx (or its prefix)", positional=True
     )
+    tensors: bool = option(False, "list every tensor of a model, with its shape and type")
     json: bool = option(False, "print one JSON object")
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

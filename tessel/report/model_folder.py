@@ -1,0 +1,243 @@
+"""What a Hugging Face folder or a safetensors file holds: config.json and the headers, no weights are read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tessel.data.tokenizer import HuggingFaceTokenizer, has_tokenizer
+from tessel.errors import TesselError
+from tessel.layout.sharding import parameters, pattern_of
+from tessel.model.config import ModelConfig
+from tessel.report.facts import Report, bytes_text, count_text, folder_bytes
+
+_MAX_NAMED = 5
+
+
+class TensorFact(NamedTuple):
+    """A stored tensor: name, shape, and dtype in the names of safetensors (BF16, F32, ...)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def model_report(folder: Path, list_tensors: bool) -> Report:
+    """The report on a folder with a config.json; with or without weights.
+
+    Raises:
+        TesselError: config.json or a weights file is damaged, or a shard is missing.
+    """
+    raw = _read_json(folder / "config.json")
+    config, refusal = _supported(folder)
+    tensors = read_tensors(folder)
+    data: dict[str, Any] = {
+        "kind": "Hugging Face model",
+        "path": str(folder),
+        "family": config.family if config is not None else raw.get("model_type"),
+        "not_supported": refusal,
+        "bytes": folder_bytes(folder),
+        "tokenizer": _tokenizer_values(folder),
+        "chat_template": _has_chat_template(folder),
+        **_shape_values(config, raw),
+        **_weight_values(tensors, config),
+    }
+    if list_tensors:
+        data["tensor_list"] = [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in tensors or []]
+    tail = _tensor_lines(tensors or [], list_tensors)
+    return Report(f"{folder}: a Hugging Face model", _facts(data), data, tail)
+
+
+def weights_report(path: Path, list_tensors: bool) -> Report:
+    """The report on a single .safetensors file."""
+    tensors = _of_safetensors(path)
+    num_bytes = path.stat().st_size
+    data: dict[str, Any] = {"kind": "safetensors file", "path": str(path), "bytes": num_bytes}
+    data |= _weight_values(tensors, None)
+    if list_tensors:
+        data["tensor_list"] = [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in tensors]
+    facts = [("parameters", _parameter_text(data)), ("size", bytes_text(num_bytes))]
+    return Report(f"{path}: weights", facts, data, _tensor_lines(tensors, list_tensors))
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder has a config.json that describes a model; beside a tokenizer it may hold little."""
+    path = folder / "config.json"
+    return path.is_file() and (not has_tokenizer(folder) or "hidden_size" in _read_json(path))
+
+
+def read_tensors(folder: Path) -> list[TensorFact] | None:
+    """The stored tensors of a folder, in the order of the files; None where it has no weights.
+
+    Raises:
+        TesselError: a shard that the index names is missing, or a file is damaged.
+    """
+    for stem, read in (("model.safetensors", _of_safetensors), ("pytorch_model.bin", _of_bin)):
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            names = sorted(set((_read_json(index).get("weight_map") or {}).values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+                raise TesselError(
+                    f"{folder} lacks {', '.join(missing[:_MAX_NAMED])}{more} of the {len(names)} files that "
+                    f"{index.name} names. Download them again."
+                )
+            return [tensor for name in names for tensor in read(folder / name)]
+        if (folder / stem).is_file():
+            return read(folder / stem)
+    return None
+
+
+def _of_safetensors(path: Path) -> list[TensorFact]:
+    # It imports torch, which --help has no need of.
+    from tessel.checkpoint.safetensors import DTYPE_NAMES, read_header
+
+    header = read_header(path)
+    return [TensorFact(info.name, info.shape, DTYPE_NAMES[info.dtype]) for info in header.values()]
+
+
+def _of_bin(path: Path) -> list[TensorFact]:
+    import pickle
+
+    import torch
+
+    from tessel.checkpoint.safetensors import DTYPE_NAMES
+
+    try:
+        stored = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TesselError(f"{path} is not a whole file of weights: {reason}. Take another copy of it.") from error
+    entries = stored.items() if isinstance(stored, dict) else ()
+    tensors = ((name, value) for name, value in entries if isinstance(value, torch.Tensor))
+    return [TensorFact(name, tuple(t.shape), DTYPE_NAMES.get(t.dtype, str(t.dtype))) for name, t in tensors]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TesselError(f"{path}: not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(content, dict):
+        raise TesselError(f"{path}: a JSON object is expected. Download the file again.")
+    return content
+
+
+def _supported(folder: Path) -> tuple[ModelConfig | None, str | None]:
+    """The configuration, or why tessel cannot train the model."""
+    try:
+        return ModelConfig.from_folder(folder), None
+    except TesselError as error:
+        return None, str(error)
+
+
+def _shape_values(config: ModelConfig | None, raw: Mapping[str, Any]) -> dict[str, Any]:
+    names = {
+        "layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "attention_heads": "num_attention_heads",
+        "key_value_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "vocabulary": "vocab_size",
+        "tied": "tie_word_embeddings",
+        "max_position_embeddings": "max_position_embeddings",
+        "rope_theta": "rope_theta",
+        "sliding_window": "sliding_window",
+    }
+    source: Any = raw.get if config is None else lambda name: getattr(config, name)
+    values = {key: source(name) for key, name in names.items()}
+    values["rope_scaling"] = dict(config.rope_scaling) if config is not None and config.rope_scaling else None
+    values["declared_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
+    return values
+
+
+def _weight_values(tensors: list[TensorFact] | None, config: ModelConfig | None) -> dict[str, Any]:
+    """Counts of what is stored; without weights, of what config.json describes."""
+    values: dict[str, Any] = {"weights": tensors is not None, "missing_tensors": [], "surplus_tensors": []}
+    if tensors is not None:
+        values["tensors"] = len(tensors)
+        values["parameters"] = sum(math.prod(tensor.shape) for tensor in tensors)
+        values["dtypes"] = dict(Counter(tensor.dtype for tensor in tensors))
+    elif config is not None:
+        values["parameters"] = sum(math.prod(rule.shape) for rule in parameters(config).values())
+    if tensors is not None and config is not None:
+        stored, wanted = {tensor.name for tensor in tensors}, set(parameters(config))
+        # A tied head is often stored all the same.
+        may_be_extra = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        values["missing_tensors"] = sorted(wanted - stored)
+        values["surplus_tensors"] = sorted(stored - wanted - may_be_extra)
+    return values
+
+
+def _tokenizer_values(folder: Path) -> dict[str, Any] | None:
+    if not has_tokenizer(folder):
+        return None
+    tokenizer = HuggingFaceTokenizer(folder)
+    return {"vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod, "pad": tokenizer.pad, "max_id": tokenizer.max_id}
+
+
+def _has_chat_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    return settings.is_file() and bool(_read_json(settings).get("chat_template"))
+
+
+def _parameter_text(data: Mapping[str, Any]) -> str:
+    if "parameters" not in data:
+        return "not known"
+    text = count_text(data["parameters"])
+    if not data["weights"]:
+        return f"{text} by config.json; there are no weights here"
+    dtypes = ", ".join(
+        f"{dtype} ({count})" if len(data["dtypes"]) > 1 else dtype for dtype, count in data["dtypes"].items()
+    )
+    return f"{text} in {data['tensors']} tensors, {dtypes}"
+
+
+def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = [("family", str(data["family"])), ("parameters", _parameter_text(data))]
+    if data["not_supported"]:
+        facts.append(("not supported", data["not_supported"]))
+    facts.append(("layers", f"{data['layers']}, hidden size {data['hidden_size']}, MLP {data['intermediate_size']}"))
+    heads = f"{data['attention_heads']} heads of {data['head_dim']}, {data['key_value_heads']} for keys and values"
+    facts.append(("attention", heads + (f", window {data['sliding_window']}" if data["sliding_window"] else "")))
+    scaling = f", scaling {json.dumps(data['rope_scaling'])}" if data["rope_scaling"] else ""
+    facts.append(("positions", f"{data['max_position_embeddings']}, RoPE theta {data['rope_theta']}{scaling}"))
+    facts.append(("vocabulary", f"{data['vocabulary']} rows, output layer {'tied' if data['tied'] else 'of its own'}"))
+    facts.append(("tokenizer", _tokenizer_text(data)))
+    facts.append(("on disk", bytes_text(data["bytes"])))
+    for key, label in (("missing_tensors", "missing"), ("surplus_tensors", "surplus")):
+        names = data[key]
+        if names:
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            facts.append((label, ", ".join(names[:_MAX_NAMED]) + more))
+    return facts
+
+
+def _tokenizer_text(data: Mapping[str, Any]) -> str:
+    tokenizer = data["tokenizer"]
+    if tokenizer is None:
+        return "none"
+    rows = data["vocabulary"]
+    too_large = isinstance(rows, int) and tokenizer["max_id"] >= rows
+    fits = f"; ids up to {tokenizer['max_id']} do not fit the model's rows" if too_large else ""
+    template = "with" if data["chat_template"] else "without"
+    return f"{tokenizer['vocab_size']:,} entries, end of document {tokenizer['eod']}, {template} chat template{fits}"
+
+
+def _tensor_lines(tensors: Iterable[TensorFact], each: bool) -> list[str]:
+    """Every tensor, or those of all layers as one line each."""
+    if each:
+        return [f"    {tensor.name}  {list(tensor.shape)}  {tensor.dtype}" for tensor in tensors]
+    groups = Counter((pattern_of(tensor.name), tensor.shape, tensor.dtype) for tensor in tensors)
+    return [
+        f"    {pattern}  {list(shape)}  {dtype}" + (f"  x {count}" if count > 1 else "")
+        for (pattern, shape, dtype), count in groups.items()
+    ]
