@@ -140,19 +140,14 @@ def _read(
 
 def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str]) -> tuple[RunConfig, dict[str, str]]:
     """`cfg` with the shape of its model filled in, and the provenance that says so."""
-    from tessel.model.shape import flags_of
     from tessel.train.setup import model_config_of
     from tessel.train.source import find_source
 
     source = find_source(cfg.checkpoint, cfg.model)
     model_config = model_config_of(source, cfg.model, given, cfg.tokenizer)
-    actual = {
-        **flags_of(model_config),
-        "group_query_attention": model_config.num_key_value_heads < model_config.num_attention_heads,
-        "max_position_embeddings": model_config.max_position_embeddings,
-        "padded_vocab_size": model_config.vocab_size,
+    missing = {
+        name: value for name, value in model_config.shape_flags().items() if getattr(cfg.model, name) in (None, False)
     }
-    missing = {name: value for name, value in actual.items() if getattr(cfg.model, name) in (None, False)}
     shown = replace(cfg, model=replace(cfg.model, **missing))
     return shown, mark_changes(cfg, shown, provenance, "derived" if source.model_folder is None else "model")
 
