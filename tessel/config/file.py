@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tessel.config.megatron import ForeignFlags
-from tessel.config.nearest import nearest
+from tessel.config.nearest import CERTAINTY, SIMILARITY, nearest
 from tessel.config.schema import Option, convert, flag_of
 from tessel.errors import TesselError, UsageError
 
@@ -43,10 +43,7 @@ def read_file(path: str, all_options: Sequence[Option], foreign: ForeignFlags) -
             if flag in foreign.accepted:
                 found.foreign.append(flag)
                 continue
-            near = nearest(name, by_name)
-            raise UsageError(
-                f"unknown key {where}; " + (f"nearest: {', '.join(near)}." if near else "nothing is like it.")
-            )
+            raise UsageError(_unknown_key(where, name, by_name, foreign))
         o = by_name[name]
         if section is not None and o.path[-1:] != (section,):
             home = f"section {o.path[-1]}" if o.path else "the top level"
@@ -57,6 +54,14 @@ def read_file(path: str, all_options: Sequence[Option], foreign: ForeignFlags) -
             raise UsageError(f"{where} is given twice; keep one of them.")
         found.values[name] = convert(o, raw, where)
     return found
+
+
+def _unknown_key(where: str, name: str, known: Iterable[str], foreign: ForeignFlags) -> str:
+    family = foreign.family_refusal(flag_of(name))
+    near = nearest(name, known, CERTAINTY if family else SIMILARITY)
+    if near or family is None:
+        return f"unknown key {where}; " + (f"nearest: {', '.join(near)}." if near else "nothing is like it.")
+    return f"{where}: {family}"
 
 
 def _flat(tree: Mapping[Any, Any], sections: set[str], path: str) -> list[tuple[str | None, str, Any]]:

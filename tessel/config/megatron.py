@@ -37,7 +37,7 @@ class ForeignFlags:
         return (*self.accepted, *self.instead, *self.later)
 
     def refusal(self, flag: str, values: Sequence[str] = ()) -> str | None:
-        """Why `flag` is refused, as a sentence about it; None if it is not."""
+        """Why a flag of these tables is refused, as a sentence about it; None if it is not."""
         if flag in self.accepted:
             only = self.accepted[flag].only
             if only is None or all(value in only for value in values):
@@ -47,9 +47,13 @@ class ForeignFlags:
             )
         if flag in self.instead:
             return f"{flag} is not a flag of tessel: {self.instead[flag]}."
-        what = self.later.get(flag)
-        if what is None:
-            what = next((text for prefix, text in self.later_families if flag.startswith(prefix)), None)
+        return self._not_yet(flag, self.later.get(flag))
+
+    def family_refusal(self, flag: str) -> str | None:
+        """As `refusal`, of a flag that is known by its beginning alone."""
+        return self._not_yet(flag, next((what for start, what in self.later_families if flag.startswith(start)), None))
+
+    def _not_yet(self, flag: str, what: str | None) -> str | None:
         return None if what is None else f"{flag} is not supported yet: {what}; leave it out."
 
     def notes(self, flags: Iterable[str]) -> list[str]:
@@ -107,7 +111,7 @@ ACCEPTED: dict[str, Accepted] = {
         "--use-nccl-ub --create-all-gather-group --high-priority-stream-groups=* --use-ascend-mc2 --use-mc2 "
         "--use-ascend-coc --coc-parallel-num=1 --coc-fused-kernel --enable-recompute-layers-per-pp-rank "
         "--kv-head-repeat-before-uly-alltoall --use-fused-ring-attention-update --cp-window-size=1 "
-        "--torch-fsdp2-no-reshard-after-forward --init-model-with-meta-device"
+        "--use-gloo-process-groups --torch-fsdp2-no-reshard-after-forward --init-model-with-meta-device"
     )),
     **_accepted("data is memory-mapped and indexed in one pass", (
         "--num-dataset-builder-threads=1 --no-mmap-bin-files --dataloader-fast-cache-load "
@@ -125,6 +129,9 @@ ACCEPTED: dict[str, Accepted] = {
         "--ckpt-fully-parallel-save --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load "
         "--ckpt-assume-constant-structure --dist-ckpt-strictness=1 --use-persistent-ckpt-worker "
         "--use-mp-args-from-checkpoint-args --ckpt-drop-redundant-extra-state"
+    )),
+    **_accepted("--load takes any format, and hf/ is always written at the end", (
+        "--enable-hf2mg-convert --enable-mg2hf-convert"
     )),
     "--attention-mask-type": Accepted(1, "always so", only=("causal",)),
     "--expert-tensor-parallel-size": Accepted(1, "one process", only=("1",)),
@@ -157,6 +164,9 @@ INSTEAD: dict[str, str] = {
     "--most-recent-k": "use --keep-last-k",
     "--model-type": "the kind of model is read from config.json",
     "--model-type-hf": "the family is read from config.json",
+    "--params-dtype": "use --bf16, --fp16 or --fp32",
+    "--yaml-cfg": "use --config",
+    "--trust-remote-code": "code from a model's folder is never run",
     "--no-load-strict": "missing or surplus tensors are always errors",
 }
 
@@ -171,8 +181,8 @@ LATER: dict[str, str] = {
                      "--schedules-method"), "pipelines over several processes"),
     **dict.fromkeys(("--ulysses-degree-in-cp", "--hierarchical-context-parallel-sizes"), "context parallelism"),
     **dict.fromkeys(("--tp-2d", "--tp-x", "--tp-y"), "two-dimensional tensor parallelism"),
-    **dict.fromkeys(("--num-experts", "--first-k-dense-replace", "--gemm-gradient-accumulation-fusion",
-                     "--use-fused-moe-token-permute-and-unpermute"), "mixture-of-experts models"),
+    **dict.fromkeys(("--num-experts", "--first-k-dense-replace", "--norm-topk-prob",
+                     "--gemm-gradient-accumulation-fusion", "--use-fused-moe-token-permute-and-unpermute"), "mixture-of-experts models"),
     **dict.fromkeys(("--recompute-modules", "--recompute-activation-function",
                      "--recompute-activation-function-num-layers", "--swap-attention", "--swap-optimizer",
                      "--optimizer-cpu-offload", "--optimizer-offload-fraction", "--use-torch-optimizer-for-cpu-offload",
@@ -193,7 +203,10 @@ LATER: dict[str, str] = {
                      "--adlr-autoresume", "--adlr-autoresume-interval", "--s3-cache-path",
                      "--object-storage-cache-path", "--eval-global-batch-size", "--eval-micro-batch-size",
                      "--start-eval-at-iter", "--multiple-validation-sets", "--phase-transition-iterations",
-                     "--per-dataset-sequences-path", "--record-memory-history", "--memory-snapshot-path"),
+                     "--per-dataset-sequences-path", "--validation-set-names", "--record-memory-history",
+                     "--freeze-all-layers", "--no-weight-decay-cond-type", "--verify-integrity",
+                     "--gpu-sniff-test-interval", "--throughput-window-size", "--override-ckpt-iteration",
+                     "--special-tokens", "--load-main-params-from-ckpt", "--memory-snapshot-path"),
                     "tessel has nothing like it"),
     **dict.fromkeys(("--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-convert-update-legacy-dist-opt-format",
                      "--replication", "--replication-jump", "--replication-factor"), "other formats of checkpoints"),
@@ -214,8 +227,10 @@ LATER: dict[str, str] = {
                      "--apply-residual-connection-post-layernorm", "--relative-attention-num-buckets",
                      "--relative-attention-max-distance", "--bert-no-binary-head", "--decoder-num-layers",
                      "--decoder-seq-length", "--vocab-extra-ids", "--window-size", "--window-attn-skip-freq",
-                     "--no-rope-freq", "--rope-type", "--is-hybrid-model", "--apply-wd-to-qk-layernorm",
-                     "--add-position-embedding", "--max-tokens-per-batch", "--sparse-mode"),
+                     "--no-rope-freq", "--rope-type", "--is-hybrid-model", "--kv-lora-rank", "--q-lora-rank",
+                     "--qk-head-dim", "--qk-pos-emb-head-dim", "--v-head-dim", "--rotary-scaling-factor",
+                     "--cache-mla-latents", "--linear-attention-freq", "--no-pad-vocab-size",
+                     "--apply-wd-to-qk-layernorm", "--add-position-embedding", "--max-tokens-per-batch", "--sparse-mode"),
                     "models other than Qwen2, Qwen3, Llama and Mistral as config.json describes them"),
 }  # fmt: skip
 
@@ -232,20 +247,40 @@ LATER_FAMILIES: tuple[tuple[str, str], ...] = (
     ("--dpo-", "preference optimisation"),
     ("--rl-", "reinforcement learning"),
     ("--grpo-", "reinforcement learning"),
+    ("--lion-", "the Lion optimizer (--optimizer adam or sgd)"),
     ("--muon-", "the Muon optimizer (--optimizer adam or sgd)"),
-    ("--retro-", "retrieval"),
+    ("--retro-", "models other than decoders"),
+    ("--retriever-", "models other than decoders"),
+    ("--biencoder-", "models other than decoders"),
+    ("--bert-", "models other than decoders"),
+    ("--ict-", "models other than decoders"),
+    ("--vision-", "models other than decoders"),
+    ("--dino-", "models other than decoders"),
+    ("--ckpt-", "a setting of Megatron's own checkpoint formats"),
+    ("--dist-ckpt-", "a setting of Megatron's own checkpoint formats"),
+    ("--async-", "a setting of Megatron's own checkpoint formats"),
+    ("--ddp-", "a setting of Megatron's data parallelism"),
+    ("--fsdp-", "a setting of Megatron's data parallelism"),
+    ("--megatron-fsdp-", "a setting of Megatron's data parallelism"),
+    ("--gtp-", "a setting of Megatron's data parallelism"),
+    ("--flight-recorder-", "a record of collectives"),
+    ("--distributed-timeout-", "a run of several processes"),
+    ("--tokenizer-", "this setting of a tokenizer"),
+    ("--exit-signal-", "signals other than SIGTERM and SIGINT"),
+    ("--save-", "this kind of dump"),
+    ("--log-", "this part of the log"),
+    ("--enable-", "this part of MindSpeed or Megatron"),
     ("--mla-", "latent attention"),
     ("--yarn-", "YaRN by flags (a config.json with YaRN works)"),
     ("--fim-", "fill-in-the-middle data"),
     ("--mamba-", "state-space models"),
     ("--hybrid-", "state-space models"),
     ("--inprocess-", "restarts inside a process"),
-    ("--enable-ft-package", "restarts by a fault-tolerance service"),
     ("--calc-ft-timeouts", "restarts by a fault-tolerance service"),
     ("--ft-", "restarts by a fault-tolerance service"),
     ("--non-persistent-", "temporary checkpoints"),
     ("--cuda-graph", "CUDA graphs"),
-    ("--enable-cuda-graph", "CUDA graphs"),
+    ("--external-cuda-graph", "CUDA graphs"),
     ("--inference-", "Megatron's inference server"),
     ("--heterogeneous-layers-config-", "layers of unequal shape"),
     ("--kitchen-", "quantisation recipes"),

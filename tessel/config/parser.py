@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from tessel.config.file import read_file
 from tessel.config.megatron import ForeignFlags
-from tessel.config.nearest import nearest
+from tessel.config.nearest import CERTAINTY, nearest
 from tessel.config.schema import Option, build, convert, normal_flag, options
 from tessel.errors import UsageError
 
@@ -57,7 +58,9 @@ def parse(cls: type, argv: Sequence[str], prog: str, foreign: ForeignFlags | Non
     scan = _scan(argv, _spellings(all_options), foreign)
     if scan.unknown or scan.refused:
         raise UsageError(_refusal(scan, all_options, foreign, prog))
-    written = vars(_argparser(cls, prog).parse_args(scan.arguments))
+    written = vars(_argparser(cls, prog).parse_intermixed_args(scan.arguments))
+    # A positional that is not there is None, or an empty list, once.
+    written = {name: None if value in ([None], [[]]) else value for name, value in written.items()}
     values: dict[str, Any] = {}
     notes: list[str] = []
     provenance = {o.name: "default" for o in all_options}
@@ -102,6 +105,8 @@ def _scan(argv: Sequence[str], known: Mapping[str, Option | None], foreign: Fore
             refusal = foreign.refusal(flag, values)
             (scan.refused if refusal else scan.foreign).append(refusal or flag)
         elif refusal := foreign.refusal(flag):
+            scan.refused.append(refusal)
+        elif (refusal := foreign.family_refusal(flag)) and not nearest(flag, [*known, *foreign.names()], CERTAINTY):
             scan.refused.append(refusal)
         else:
             scan.unknown.append(written)
@@ -162,12 +167,12 @@ def _shown(value: Any) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """What argparse itself refuses, in the words of the other errors."""
-        kinds = (("expected at least one argument", "it needs a value"), ("expected one argument", "it needs a value"))
-        for theirs, ours in (*kinds, ("ignored explicit argument", "it is a switch and takes no value; got")):
-            message = message.replace(theirs, ours)
+        message = re.sub(r"expected (one|at least one) argument", "it needs a value", message)
+        message = re.sub(r"expected (\d+) arguments", r"it needs \1 values", message)
+        message = message.replace("ignored explicit argument", "it is a switch and takes no value; got")
         message = message.removeprefix("argument ")
         if message.startswith("unrecognized arguments: "):
-            message = f"unexpected {message.removeprefix('unrecognized arguments: ')!r}; a switch takes no value"
+            message = f"unexpected {message.removeprefix('unrecognized arguments: ')!r}: it belongs to no flag"
         raise UsageError(f"{message}; see {self.prog} --help.")
 
 
@@ -180,13 +185,16 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def _argparser(cls: type, prog: str) -> _Parser:
-    positionals = "".join(f" {_metavar(o)}{'...' if o.many else ''}" for o in options(cls) if o.metadata["positional"])
-    parser = _Parser(prog, usage=f"{prog}{positionals} [flags]", allow_abbrev=False, formatter_class=_Formatter)
+    positionals = "".join(f" {o.flag}{'...' if o.many else ''}" for o in options(cls) if o.metadata["positional"])
+    parser = _Parser(
+        prog, usage=f"{prog}{positionals} [flags]", allow_abbrev=False, add_help=False, formatter_class=_Formatter
+    )
     for heading, group_options in _groups(cls):
         group = parser.add_argument_group(heading)
         for o in group_options:
             _add(group, o)
     general = parser.add_argument_group("Configuration")
+    general.add_argument("-h", "--help", action="help", help="show this help, and stop")
     general.add_argument("--config", metavar="FILE", help="YAML with the same names; the command line wins")
     general.add_argument(
         "--print-config", action="store_true", help="show every value and where it came from, and stop"
@@ -212,15 +220,10 @@ def _add(group: argparse._ArgumentGroup, o: Option) -> None:
     arguments["metavar"] = _metavar(o)
     if o.metadata["positional"]:
         # Appended like flags, so that every value is a list of the times it was given.
-        group.add_argument(o.name, action="append", nargs=_positional_nargs(o), **arguments)
+        group.add_argument(o.name, action="append", nargs="*" if o.many else "?", **arguments)
         return
-    group.add_argument(o.flag, dest=o.name, action="append", nargs="+" if o.many else None, **arguments)
-
-
-def _positional_nargs(o: Option) -> str | None:
-    if o.many:
-        return "+" if o.required else "*"
-    return None if o.required else "?"
+    count = o.metadata["nargs"]
+    group.add_argument(o.flag, dest=o.name, action="append", nargs=count if o.many else None, **arguments)
 
 
 def _metavar(o: Option) -> str:
