@@ -56,6 +56,9 @@ def test_epochs() -> None:
     assert plan_epochs(100, 10, 10, 1) == (2, True, 9)
     assert plan_epochs(100, 19, 10, 1) == (2, False, 9)
     assert plan_epochs(100, 0, 10, 1) == (1, False, 0)
+    # An epoch of 1,000 tokens gives 99 samples, and 80 % of them is the limit.
+    assert plan_epochs(1000, 99 + 78, 10, 1) == (2, True, 99)
+    assert plan_epochs(1000, 99 + 79, 10, 1) == (2, False, 99)
 
 
 def expected_sample(dataset: GPTDataset, i: int) -> dict[str, np.ndarray]:
