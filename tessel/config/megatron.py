@@ -76,6 +76,11 @@ def _accepted(reason: str, flags: str) -> dict[str, Accepted]:
     return rows
 
 
+def _later(what: str, flags: str) -> dict[str, str]:
+    """Rows of one matter that tessel lacks."""
+    return dict.fromkeys(flags.split(), what)
+
+
 ACCEPTED: dict[str, Accepted] = {
     **_accepted("there is one model implementation", "--use-mcore-models --transformer-impl=1 --spec=*"),
     **_accepted("kernels are chosen here by --attention-backend and --compile", (
@@ -171,67 +176,81 @@ INSTEAD: dict[str, str] = {
 }
 
 LATER: dict[str, str] = {
-    **dict.fromkeys(("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
-                    "a run of several processes"),
-    **dict.fromkeys(("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank",
-                     "--num-layer-list", "--noop-layers", "--pipeline-model-parallel-split-rank",
-                     "--microbatch-group-size-per-virtual-pipeline-stage", "--pipeline-model-parallel-layout",
-                     "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers",
-                     "--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split",
-                     "--schedules-method"), "pipelines over several processes"),
-    **dict.fromkeys(("--ulysses-degree-in-cp", "--hierarchical-context-parallel-sizes"), "context parallelism"),
-    **dict.fromkeys(("--tp-2d", "--tp-x", "--tp-y"), "two-dimensional tensor parallelism"),
-    **dict.fromkeys(("--num-experts", "--first-k-dense-replace", "--norm-topk-prob",
-                     "--gemm-gradient-accumulation-fusion", "--use-fused-moe-token-permute-and-unpermute"), "mixture-of-experts models"),
-    **dict.fromkeys(("--recompute-modules", "--recompute-activation-function",
-                     "--recompute-activation-function-num-layers", "--swap-attention", "--swap-optimizer",
-                     "--optimizer-cpu-offload", "--optimizer-offload-fraction", "--use-torch-optimizer-for-cpu-offload",
-                     "--overlap-cpu-optimizer-d2h-h2d", "--no-pin-cpu-grads", "--no-pin-cpu-params"),
-                    "finer ways to save memory (--recompute-granularity is there)"),
-    **dict.fromkeys(("--reuse-fp32-param", "--o2-optimizer", "--o2-gradient", "--use-precision-aware-optimizer",
-                     "--main-grads-dtype", "--main-params-dtype", "--exp-avg-dtype", "--exp-avg-sq-dtype",
-                     "--grad-reduce-in-bf16", "--fp16-lm-cross-entropy", "--fp32-residual-connection",
-                     "--disable-bf16-reduced-precision-matmul", "--first-last-layers-bf16",
-                     "--num-layers-at-start-in-bf16", "--num-layers-at-end-in-bf16"),
-                    "precisions beyond --bf16, --fp16 and --fp32"),
-    **dict.fromkeys(("--init-method-xavier-uniform", "--iterations-to-skip", "--decrease-batch-size-if-needed",
-                     "--check-for-spiky-loss", "--check-for-large-grads", "--step-batch-size-schedule",
-                     "--result-rejected-tracker-filename", "--log-progress", "--log-straggler", "--log-energy",
-                     "--disable-straggler-on-startup", "--straggler-ctrlr-port", "--straggler-minmax-count",
-                     "--error-injection-rate", "--error-injection-type", "--config-logger-dir",
-                     "--run-workload-inspector-server", "--workload-inspector-server-port",
-                     "--adlr-autoresume", "--adlr-autoresume-interval", "--s3-cache-path",
-                     "--object-storage-cache-path", "--eval-global-batch-size", "--eval-micro-batch-size",
-                     "--start-eval-at-iter", "--multiple-validation-sets", "--phase-transition-iterations",
-                     "--per-dataset-sequences-path", "--validation-set-names", "--record-memory-history",
-                     "--freeze-all-layers", "--no-weight-decay-cond-type", "--verify-integrity",
-                     "--gpu-sniff-test-interval", "--throughput-window-size", "--override-ckpt-iteration",
-                     "--special-tokens", "--load-main-params-from-ckpt", "--memory-snapshot-path"),
-                    "tessel has nothing like it"),
-    **dict.fromkeys(("--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-convert-update-legacy-dist-opt-format",
-                     "--replication", "--replication-jump", "--replication-factor"), "other formats of checkpoints"),
-    **dict.fromkeys(("--stage", "--is-instruction-dataset", "--is-pairwise-dataset", "--no-pad-to-seq-lengths",
-                     "--variable-seq-lengths", "--no-shuffle", "--padded-samples", "--pack", "--neat-pack",
-                     "--prompt-type", "--enable-thinking", "--pad-to-multiple-of", "--sft",
-                     "--train-on-prompt", "--mask-history", "--history-turns"), "fine-tuning on dialogues"),
-    **dict.fromkeys(("--qlora", "--qlora-nf4", "--qlora-save-dequantize"), "LoRA"),
-    **dict.fromkeys(("--map-keys", "--overwrite-cache", "--n-subs", "--cache-dir", "--merge-group-keys",
-                     "--streaming", "--mix-strategy", "--split-sentences", "--keep-newlines", "--lang"),
-                    "preprocessing beyond plain .jsonl and .txt"),
-    **dict.fromkeys(("--num-beams", "--hf-chat-template", "--add-eos-token", "--stream", "--prompt-file",
-                     "--inference-batch-times-seqlen-threshold", "--max-tokens-to-oom"),
-                    "generation beyond plain continuation of prompts"),
-    **dict.fromkeys(("--use-legacy-models", "--multi-latent-attention", "--mtp-num-layers",
-                     "--mtp-loss-scaling-factor", "--apply-layernorm-1p", "--openai-gelu", "--squared-relu",
-                     "--quick-geglu", "--rotary-interleaved", "--mrope-section", "--onnx-safe",
-                     "--apply-residual-connection-post-layernorm", "--relative-attention-num-buckets",
-                     "--relative-attention-max-distance", "--bert-no-binary-head", "--decoder-num-layers",
-                     "--decoder-seq-length", "--vocab-extra-ids", "--window-size", "--window-attn-skip-freq",
-                     "--no-rope-freq", "--rope-type", "--is-hybrid-model", "--kv-lora-rank", "--q-lora-rank",
-                     "--qk-head-dim", "--qk-pos-emb-head-dim", "--v-head-dim", "--rotary-scaling-factor",
-                     "--cache-mla-latents", "--linear-attention-freq", "--no-pad-vocab-size",
-                     "--apply-wd-to-qk-layernorm", "--add-position-embedding", "--max-tokens-per-batch", "--sparse-mode"),
-                    "models other than Qwen2, Qwen3, Llama and Mistral as config.json describes them"),
+    **_later("a run of several processes", (
+        "--nproc-per-node --nnodes --node-rank --master-addr --master-port"
+    )),
+    **_later("pipelines over several processes", (
+        "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank --num-layer-list "
+        "--noop-layers --pipeline-model-parallel-split-rank "
+        "--microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-layout "
+        "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
+        "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --schedules-method"
+    )),
+    **_later("context parallelism", (
+        "--ulysses-degree-in-cp --hierarchical-context-parallel-sizes"
+    )),
+    **_later("two-dimensional tensor parallelism", (
+        "--tp-2d --tp-x --tp-y"
+    )),
+    **_later("mixture-of-experts models", (
+        "--num-experts --first-k-dense-replace --norm-topk-prob --gemm-gradient-accumulation-fusion "
+        "--use-fused-moe-token-permute-and-unpermute"
+    )),
+    **_later("finer ways to save memory (--recompute-granularity is there)", (
+        "--recompute-modules --recompute-activation-function --recompute-activation-function-num-layers "
+        "--swap-attention --swap-optimizer --optimizer-cpu-offload --optimizer-offload-fraction "
+        "--use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads "
+        "--no-pin-cpu-params"
+    )),
+    **_later("precisions beyond --bf16, --fp16 and --fp32", (
+        "--reuse-fp32-param --o2-optimizer --o2-gradient --use-precision-aware-optimizer --main-grads-dtype "
+        "--main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --grad-reduce-in-bf16 --fp16-lm-cross-entropy "
+        "--fp32-residual-connection --disable-bf16-reduced-precision-matmul --first-last-layers-bf16 "
+        "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
+    )),
+    **_later("tessel has nothing like it", (
+        "--init-method-xavier-uniform --iterations-to-skip --decrease-batch-size-if-needed "
+        "--check-for-spiky-loss --check-for-large-grads --step-batch-size-schedule "
+        "--result-rejected-tracker-filename --log-progress --log-straggler --log-energy "
+        "--disable-straggler-on-startup --straggler-ctrlr-port --straggler-minmax-count "
+        "--error-injection-rate --error-injection-type --config-logger-dir --run-workload-inspector-server "
+        "--workload-inspector-server-port --adlr-autoresume --adlr-autoresume-interval --s3-cache-path "
+        "--object-storage-cache-path --eval-global-batch-size --eval-micro-batch-size --start-eval-at-iter "
+        "--multiple-validation-sets --phase-transition-iterations --per-dataset-sequences-path "
+        "--validation-set-names --record-memory-history --freeze-all-layers --no-weight-decay-cond-type "
+        "--verify-integrity --gpu-sniff-test-interval --throughput-window-size --override-ckpt-iteration "
+        "--special-tokens --load-main-params-from-ckpt --memory-snapshot-path"
+    )),
+    **_later("other formats of checkpoints", (
+        "--ckpt-convert-format --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format --replication "
+        "--replication-jump --replication-factor"
+    )),
+    **_later("fine-tuning on dialogues", (
+        "--stage --is-instruction-dataset --is-pairwise-dataset --no-pad-to-seq-lengths "
+        "--variable-seq-lengths --no-shuffle --padded-samples --pack --neat-pack --prompt-type "
+        "--enable-thinking --pad-to-multiple-of --sft --train-on-prompt --mask-history --history-turns"
+    )),
+    **_later("LoRA", (
+        "--qlora --qlora-nf4 --qlora-save-dequantize"
+    )),
+    **_later("preprocessing beyond plain .jsonl and .txt", (
+        "--map-keys --overwrite-cache --n-subs --cache-dir --merge-group-keys --streaming --mix-strategy "
+        "--split-sentences --keep-newlines --lang"
+    )),
+    **_later("generation beyond plain continuation of prompts", (
+        "--num-beams --hf-chat-template --add-eos-token --stream --prompt-file "
+        "--inference-batch-times-seqlen-threshold --max-tokens-to-oom"
+    )),
+    **_later("models other than Qwen2, Qwen3, Llama and Mistral as config.json describes them", (
+        "--use-legacy-models --multi-latent-attention --mtp-num-layers --mtp-loss-scaling-factor "
+        "--apply-layernorm-1p --openai-gelu --squared-relu --quick-geglu --rotary-interleaved --mrope-section "
+        "--onnx-safe --apply-residual-connection-post-layernorm --relative-attention-num-buckets "
+        "--relative-attention-max-distance --bert-no-binary-head --decoder-num-layers --decoder-seq-length "
+        "--vocab-extra-ids --window-size --window-attn-skip-freq --no-rope-freq --rope-type --is-hybrid-model "
+        "--kv-lora-rank --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim "
+        "--rotary-scaling-factor --cache-mla-latents --linear-attention-freq --no-pad-vocab-size "
+        "--apply-wd-to-qk-layernorm --add-position-embedding --max-tokens-per-batch --sparse-mode"
+    )),
 }  # fmt: skip
 
 LATER_FAMILIES: tuple[tuple[str, str], ...] = (
@@ -295,7 +314,7 @@ MEGATRON = ForeignFlags(ACCEPTED, INSTEAD, LATER, LATER_FAMILIES)
 PREPROCESSING = ForeignFlags(
     {**ACCEPTED, "--log-interval": Accepted(1, "progress shows itself")},
     INSTEAD,
-    {**LATER, **dict.fromkeys(("--seq-length", "--seed"), "preprocessing into samples of one length")},
+    {**LATER, **_later("preprocessing into samples of one length", "--seq-length --seed")},
     LATER_FAMILIES,
 )
 """For `tessel preprocess`."""

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -104,13 +104,17 @@ def _scan(argv: Sequence[str], known: Mapping[str, Option | None], foreign: Fore
             position += 0 if equals else len(values)
             refusal = foreign.refusal(flag, values)
             (scan.refused if refusal else scan.foreign).append(refusal or flag)
-        elif refusal := foreign.refusal(flag):
-            scan.refused.append(refusal)
-        elif (refusal := foreign.family_refusal(flag)) and not nearest(flag, [*known, *foreign.names()], CERTAINTY):
+        elif refusal := foreign.refusal(flag) or _refused_family(flag, known, foreign):
             scan.refused.append(refusal)
         else:
             scan.unknown.append(written)
     return scan
+
+
+def _refused_family(flag: str, known: Iterable[str], foreign: ForeignFlags) -> str | None:
+    """The refusal of a flag that is known by its beginning, unless it is surely a known one mistyped."""
+    refusal = foreign.family_refusal(flag)
+    return None if refusal and nearest(flag, [*known, *foreign.names()], CERTAINTY) else refusal
 
 
 def _values_after(argv: Sequence[str], position: int, num_values: int) -> list[str]:

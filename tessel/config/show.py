@@ -21,7 +21,8 @@ def format_config(config: object, provenance: Mapping[str, str]) -> str:
     """
     lines: list[str] = []
     section: str | None = None
-    for o in sorted(options(type(config)), key=lambda o: bool(o.path)):
+    cls: type = type(config)
+    for o in sorted(options(cls), key=lambda o: bool(o.path)):
         here = o.path[-1] if o.path else None
         if here != section:
             section = here
@@ -33,7 +34,8 @@ def format_config(config: object, provenance: Mapping[str, str]) -> str:
 
 def mark_changes(before: object, after: object, provenance: Mapping[str, str], source: str) -> dict[str, str]:
     """`provenance` with `source` for every field whose value differs between two configurations."""
-    changed = [o.name for o in options(type(after)) if read(before, o) != read(after, o)]
+    cls: type = type(after)
+    changed = [o.name for o in options(cls) if read(before, o) != read(after, o)]
     return {**provenance, **dict.fromkeys(changed, source)}
 
 
