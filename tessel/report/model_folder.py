@@ -152,6 +152,8 @@ def _shape_values(config: ModelConfig | None, raw: Mapping[str, Any]) -> dict[st
     }
     source: Any = raw.get if config is None else lambda name: getattr(config, name)
     values = {key: source(name) for key, name in names.items()}
+    if values["head_dim"] is None and values["hidden_size"] and values["attention_heads"]:
+        values["head_dim"] = values["hidden_size"] // values["attention_heads"]
     values["rope_scaling"] = dict(config.rope_scaling) if config is not None and config.rope_scaling else None
     values["declared_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     return values
@@ -205,6 +207,8 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [("family", str(data["family"])), ("parameters", _parameter_text(data))]
     if data["not_supported"]:
         facts.append(("not supported", data["not_supported"]))
+    if data["layers"] is None:  # another family's names, such as n_layer
+        return [*facts, ("tokenizer", _tokenizer_text(data)), ("on disk", bytes_text(data["bytes"]))]
     facts.append(("layers", f"{data['layers']}, hidden size {data['hidden_size']}, MLP {data['intermediate_size']}"))
     heads = f"{data['attention_heads']} heads of {data['head_dim']}, {data['key_value_heads']} for keys and values"
     facts.append(("attention", heads + (f", window {data['sliding_window']}" if data["sliding_window"] else "")))
