@@ -85,7 +85,6 @@ def run_tessel(s: Setting) -> dict[str, float]:
         with IndexedDatasetWriter(work / "data", np.int32) as writer:
             for document in np.array_split(tokens.astype(np.int32), 64):
                 writer.add_document(document)
-            writer.finalize()
         command = [sys.executable, "-m", "tessel", "pretrain", "--init-from-config", str(work / "model")]
         command += ["--data-path", str(work / "data"), "--split", "100,0,0", "--save", str(work / "out")]
         command += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab - 1), "--no-save-optim"]

@@ -27,3 +27,14 @@ def apply_mixed_precision(
             # The loss carries its own weights: every reduction is a plain sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Drop the gathered low-precision weights, after forwards that no backward followed.
+
+    With `reshard_after_forward=False` they would outlive the next optimizer step: the first forward after
+    it would still compute with the old weights.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -8,6 +8,7 @@ import torch
 
 from tessel.config.run import RunConfig
 from tessel.data.loader import Loader
+from tessel.parallel.apply import release_gathered
 from tessel.runtime.log import log
 from tessel.train import metrics
 from tessel.train.metrics import LM_LOSS
@@ -77,6 +78,7 @@ class Evaluator:
                 sums = evaluation_sums(model, batches)
                 nll_sum, num_tokens = nll_sum + sums[0], num_tokens + sums[1]
         finally:
+            release_gathered(model)
             model.train()
         return nll_sum / max(num_tokens, 1.0)
 

@@ -198,7 +198,7 @@ def _lengths_samples(cfg: RunConfig, train_iters: int | None) -> tuple[int, int,
 def _weight_decay_schedule(cfg: RunConfig, run_steps: int) -> WeightDecaySchedule:
     optimizer = cfg.optimizer
     if optimizer.weight_decay_incr_style == "constant":
-        if optimizer.start_weight_decay is not None or optimizer.end_weight_decay is not None:
+        if {optimizer.start_weight_decay, optimizer.end_weight_decay} - {None, optimizer.weight_decay}:
             raise UsageError(
                 "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine; for a "
                 "constant weight decay give --weight-decay."

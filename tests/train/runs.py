@@ -19,12 +19,12 @@ VOCAB_SIZE = 64
 SHAPE = (
     "--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention "
     "--num-query-groups 2 --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm "
-    "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --tokenizer-type NullTokenizer "
-    f"--vocab-size {VOCAB_SIZE - 1} --make-vocab-size-divisible-by 1"
+    "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 1"
 ).split()
+NULL_TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE - 1)]
 TRAINING = (
     "--seq-length 16 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine "
-    "--lr-warmup-iters 2 --split 80,10,10 --eval-interval 5 --eval-iters 1 --log-interval 1 --device cpu"
+    "--lr-warmup-iters 1 --split 80,10,10 --eval-interval 5 --eval-iters 1 --log-interval 1 --device cpu"
 ).split()
 
 
@@ -35,14 +35,30 @@ def write_data(prefix: Path, num_documents: int = 40, seed: int = 0) -> Path:
         for _ in range(num_documents):
             tokens = rng.integers(0, VOCAB_SIZE - 1, size=rng.integers(5, 60))
             writer.add_document(np.append(tokens, VOCAB_SIZE - 1).astype(np.uint16))
-        writer.finalize()
+    return prefix
+
+
+def write_pattern(prefix: Path) -> Path:
+    """Documents that count upwards: text that a model learns at once."""
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for start in range(40):
+            writer.add_document((np.arange(start, start + 50) % (VOCAB_SIZE - 1)).astype(np.uint16))
     return prefix
 
 
 def flags(data: Path, save: Path | None, train_iters: int, *more: str) -> list[str]:
     """A whole command line after `tessel`, of a random start from shape flags."""
+    return ["pretrain", *SHAPE, *_rest(data, save, train_iters), *more]
+
+
+def loading(load: Path, data: Path, save: Path | None, train_iters: int, *more: str) -> list[str]:
+    """The same, starting from `load`."""
+    return ["pretrain", "--load", str(load), *_rest(data, save, train_iters), *more]
+
+
+def _rest(data: Path, save: Path | None, train_iters: int) -> list[str]:
     where = ["--save", str(save)] if save is not None else []
-    return ["pretrain", *SHAPE, *TRAINING, "--data-path", str(data), "--train-iters", str(train_iters), *where, *more]
+    return [*NULL_TOKENIZER, *TRAINING, "--data-path", str(data), "--train-iters", str(train_iters), *where]
 
 
 def environment() -> dict[str, str]:

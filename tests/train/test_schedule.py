@@ -254,7 +254,7 @@ def test_values_that_make_no_curve_are_refused(changes: dict[str, Any], message:
     [
         ({"lr": None}, "--lr is not given"),
         ({"weight_decay_incr_style": "linear", "start_weight_decay": 0.1}, "needs both"),
-        ({"start_weight_decay": 0.1}, "need --weight-decay-incr-style"),
+        ({"start_weight_decay": 0.05}, "need --weight-decay-incr-style"),
         (
             {"weight_decay_incr_style": "linear", "start_weight_decay": 0.2, "end_weight_decay": 0.1},
             "can only grow",
