@@ -90,7 +90,7 @@ ACCEPTED: dict[str, Accepted] = {
         "--cross-entropy-fusion-impl=1 --memory-efficient-layer-norm --disable-jit-fuser"
     )),
     **_accepted("always so", (
-        "--attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 --apply-query-key-layer-scaling "
+        "--attention-softmax-in-fp32 --apply-query-key-layer-scaling "
         "--exit-signal-handler --use-checkpoint-args --use-cpu-initialization --no-initialization --use-dist-ckpt "
         "--dist-ckpt-format=1 --auto-detect-ckpt-format --no-one-logger --no-shared-storage "
         "--no-position-embedding --no-use-tokenizer-model-from-checkpoint-args "

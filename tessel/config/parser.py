@@ -173,7 +173,7 @@ class _Parser(argparse.ArgumentParser):
         """What argparse itself refuses, in the words of the other errors."""
         message = re.sub(r"expected (one|at least one) argument", "it needs a value", message)
         message = re.sub(r"expected (\d+) arguments", r"it needs \1 values", message)
-        message = message.replace("ignored explicit argument", "it is a switch and takes no value; got")
+        message = message.replace("ignored explicit argument", "it is a switch and takes no value, so not")
         message = message.removeprefix("argument ")
         if message.startswith("unrecognized arguments: "):
             message = f"unexpected {message.removeprefix('unrecognized arguments: ')!r}: it belongs to no flag"

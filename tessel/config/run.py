@@ -44,9 +44,7 @@ class ModelShape:
     add_qkv_bias: bool = option(False, "bias on the query, key and value projections")
     qk_layernorm: bool = option(False, "RMSNorm on each query and key head")
     untie_embeddings_and_output_weights: bool = option(False, "output layer of its own")
-    vocab_size: int | None = option(
-        None, "vocabulary before padding (NullTokenizer: highest id before the end-of-document id)"
-    )
+    vocab_size: int | None = option(None, "vocabulary before padding (NullTokenizer: the end-of-document id)")
     padded_vocab_size: int | None = option(None, "rows of the embedding, exactly")
     make_vocab_size_divisible_by: int | None = option(
         None, "pad the embedding's rows to a multiple of this (128 for a model from shape flags)"

@@ -111,7 +111,7 @@ class PlotConfig:
         ("lm loss",), "what to draw, a panel each, by the names of the metrics file", nargs="+", metavar="NAME"
     )
     x: str = option("iteration", "horizontal axis", choices=("iteration", "samples", "tokens", "time"))
-    smooth: int = option(1, "mean over so many points")
+    smooth: int = option(0, "mean over so many points; 0: a twentieth of the curve")
     title: str | None = option(None, "title of the picture")
 
 
