@@ -118,7 +118,7 @@ BROKEN = {
     "decoupled_min_lr=0.1": "--decoupled-min-lr 0.1 needs --decoupled-lr",
     "decoupled_lr=0.1 decoupled_min_lr=0.2": "--decoupled-lr 0.1 is less than its floor 0.2",
     "decoupled_lr=0.001 min_lr=0.005": "--decoupled-lr 0.001 is less than its floor 0.005",
-    "weight_decay_incr_style=linear": "--weight-decay-incr-style linear needs --start-weight-decay and --end-weight-decay",
+    "weight_decay_incr_style=linear": "linear needs --start-weight-decay and --end-weight-decay",
     "weight_decay_incr_style=cosine start_weight_decay=0.1": "--weight-decay-incr-style cosine needs",
     "weight_decay_incr_style=linear start_weight_decay=0.2 end_weight_decay=0.1": "weight decay only grows",
     "start_weight_decay=0.2": "--start-weight-decay 0.2 differs from --weight-decay 0.01, which is constant",
@@ -129,11 +129,11 @@ BROKEN = {
     "loss_scale=128": "--loss-scale 128.0 is for --fp16",
     "fp16 min_loss_scale=8 initial_loss_scale=4": "--min-loss-scale 8.0 is more than --initial-loss-scale 4.0",
     # Recomputation.
-    "recompute_activations recompute_granularity=full": "--recompute-activations means --recompute-granularity selective",
+    "recompute_activations recompute_granularity=full": "means --recompute-granularity selective, and full is",
     "recompute_granularity=full": "--recompute-granularity full needs --recompute-method",
     "recompute_granularity=full recompute_method=block": "--recompute-granularity full needs --recompute-method",
     "recompute_method=block": "--recompute-method is for --recompute-granularity full",
-    "recompute_granularity=selective recompute_num_layers=1": "--recompute-num-layers is for --recompute-granularity full",
+    "recompute_granularity=selective recompute_num_layers=1": "--recompute-num-layers is for --recompute-gran",
     # Checkpoints.
     "-load init_from_config=d finetune": "--finetune takes the weights of --load, which is not given",
     "-load init_from_config=d ckpt_step=5": "--ckpt-step 5 is an iteration of --load, which is not given",
