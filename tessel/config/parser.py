@@ -16,7 +16,7 @@ from tessel.config.nearest import CERTAINTY, nearest
 from tessel.config.schema import Option, build, convert, normal_flag, options
 from tessel.errors import UsageError
 
-MAX_HELP_WIDTH = 110
+MAX_HELP_WIDTH = 120
 HELP_FLAGS = ("--help", "--config", "--print-config")
 
 
@@ -184,8 +184,8 @@ class _Formatter(argparse.HelpFormatter):
     """Argparse's, as wide as the terminal up to a width that reads well."""
 
     def __init__(self, prog: str, *_: Any, **__: Any) -> None:
-        width = min(shutil.get_terminal_size().columns - 2, MAX_HELP_WIDTH)
-        super().__init__(prog, max_help_position=34, width=width)
+        width = min(shutil.get_terminal_size((MAX_HELP_WIDTH, 24)).columns, MAX_HELP_WIDTH)
+        super().__init__(prog, max_help_position=40, width=width)
 
 
 def _argparser(cls: type, prog: str) -> _Parser:

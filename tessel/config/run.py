@@ -116,9 +116,7 @@ class Schedule:
     lr_wsd_decay_samples: int | None = option(None, "samples of WSD's last part")
     override_opt_param_scheduler: bool = option(False, "on resuming, the schedule's values come from the command line")
     use_checkpoint_opt_param_scheduler: bool = option(
-        False,
-        "on resuming, the schedule's values come from the checkpoint",
-        aliases=("--use-checkpoint-opt_param-scheduler",),
+        False, "on resuming, the schedule's values come from the checkpoint"
     )
 
 
