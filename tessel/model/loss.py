@@ -158,7 +158,8 @@ def _losses_and_gradients(
     hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     labels_N = labels_N.where(weights_N != 0, 0)
     hidden_grad_ND = torch.empty_like(hidden_ND) if needs_grad[0] else None
-    weight_sum_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad[1] else None
+    weight_sum_VD = torch.empty_like(weight_VD, dtype=torch.float32) if needs_grad[1] else None
+    summed = 0  # chunks in weight_sum_VD, whose memory the first one overwrites
     nll_N, log_z_N = torch.zeros_like(weights_N), torch.zeros_like(weights_N)
     softmax = _ChunkSoftmax(weight_VD, min(chunk_tokens, max(num_tokens, 1)))
     for part in _chunks(num_tokens, chunk_tokens):
@@ -176,16 +177,27 @@ def _losses_and_gradients(
             wide_CV, narrow_CD = grad_CV, hidden_CD * weights_C
         else:
             wide_CV, narrow_CD = softmax.logits_CV[: len(labels_C)].copy_(grad_CV), hidden_CD
-        if weight_sum_VD is not None and narrow:
-            weight_sum_VD.addmm_(wide_CV.t(), narrow_CD)
-        elif weight_sum_VD is not None:
-            weight_sum_VD.add_(wide_CV.t() @ narrow_CD)
+        if weight_sum_VD is not None:
+            _accumulate(weight_sum_VD, wide_CV, narrow_CD, first=summed == 0)
+            summed += 1
         if hidden_grad_ND is not None:
             torch.mm(wide_CV, weight_VD, out=hidden_grad_ND[part])
             if narrow:
                 hidden_grad_ND[part].mul_(weights_C)
+    if weight_sum_VD is not None and summed == 0:
+        weight_sum_VD.zero_()
     weight_grad_VD = None if weight_sum_VD is None else weight_sum_VD.to(weight_VD.dtype)
     return hidden_grad_ND, weight_grad_VD, _weighted_sum(nll_N, log_z_N, weights_N, z_loss_coeff)
+
+
+def _accumulate(sum_VD: Tensor, wide_CV: Tensor, narrow_CD: Tensor, first: bool) -> None:
+    """sum += wide^T narrow, in fp32; the first time, sum = wide^T narrow."""
+    if wide_CV.dtype == sum_VD.dtype:
+        torch.addmm(sum_VD, wide_CV.t(), narrow_CD, beta=0 if first else 1, out=sum_VD)
+    elif first:
+        sum_VD.copy_(wide_CV.t() @ narrow_CD)
+    else:
+        sum_VD.add_(wide_CV.t() @ narrow_CD)
 
 
 def _subtract_onehot(
