@@ -1,0 +1,185 @@
+"""Hugging Face folders: weights into a model, a model into a folder that `from_pretrained` opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tessel.checkpoint.metadata import write_metadata
+from tessel.checkpoint.safetensors import write_file
+from tessel.checkpoint.weights import (
+    SAFETENSORS_FILE,
+    SAFETENSORS_INDEX,
+    StoredTensor,
+    named,
+    read_tensors,
+)
+from tessel.errors import TesselError
+from tessel.model.config import ModelConfig
+from tessel.runtime.files import atomic_folder
+from tessel.runtime.log import progress
+
+__all__ = ["MAX_SHARD_BYTES", "export", "load_into", "read_tensors", "write_metadata"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+# Buffers that old versions of transformers saved; they follow from config.json.
+_COMPUTED_SUFFIXES = (".rotary_emb.inv_freq",)
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def load_into(model: nn.Module, folder: str | Path, device: torch.device | str = "cpu") -> None:
+    """Give every parameter of `model` the value it has in a Hugging Face folder.
+
+    Parameters are filled where they are, in their own dtype; those on the meta device are made on
+    `device`. Files are memory-mapped and converted tensor by tensor, so that the peak of private
+    memory is the model itself and one tensor.
+
+    A model without a parameter `lm_head.weight` is a tied one; a copy of its embedding under that
+    name is then passed over.
+
+    Raises:
+        TesselError: no weights, damaged files, tensors missing, surplus or of another shape: all of
+            them are named. The model is untouched then.
+    """
+    folder = Path(folder)
+    parameters = dict(model.named_parameters())
+    stored = _matching(folder, parameters)
+    with (
+        progress("reading weights", sum(parameter.numel() for parameter in parameters.values())) as bar,
+        torch.no_grad(),
+    ):
+        for name, parameter in parameters.items():
+            source = stored[name].read()
+            if parameter.is_meta:
+                value = source.to(device, parameter.dtype, copy=True)
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(value, parameter.requires_grad))
+            else:
+                parameter.copy_(source)
+            bar.advance(parameter.numel())
+
+
+def _matching(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """The stored tensor of every parameter, after all that could be wrong was looked for."""
+    stored = {name: info for name, info in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
+    if HEAD not in parameters and HEAD in stored:
+        _drop_tied_head(folder, stored)
+    missing = [name for name in parameters if name not in stored]
+    if missing == [HEAD]:
+        raise TesselError(
+            f"{folder} has no {HEAD}, and its config.json says tie_word_embeddings: false. If the model's output "
+            'layer is its embedding, write "tie_word_embeddings": true there; else take a complete copy of the weights.'
+        )
+    surplus = [name for name in stored if name not in parameters]
+    both = [(name, parameter, stored[name]) for name, parameter in parameters.items() if name in stored]
+    misshapen = [
+        f"{name} is {info.shape} and should be {tuple(parameter.shape)}"
+        for name, parameter, info in both
+        if info.shape != tuple(parameter.shape)
+    ]
+    unreadable = [
+        f"{name} is {str(info.dtype).removeprefix('torch.')}" for name, _, info in both if info.dtype not in _READABLE
+    ]
+    problems = [
+        f"{len(found)} {what}: {named(found)}"
+        for what, found in (
+            ("missing", missing),
+            ("surplus", surplus),
+            ("of the wrong shape", misshapen),
+            ("of a quantised or integer type, which cannot be trained", unreadable),
+        )
+        if found
+    ]
+    if problems:
+        raise TesselError(
+            f"The weights in {folder} are not those of its config.json; tensors {'; '.join(problems)}. "
+            "Take both from the same place."
+        )
+    return stored
+
+
+def _drop_tied_head(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """Some tools save a tied matrix under both names, or under the head's alone."""
+    head = stored.pop(HEAD)
+    if EMBEDDING not in stored:
+        stored[EMBEDDING] = head
+        return
+    embedding = stored[EMBEDDING]
+    if head.shape != embedding.shape or head.dtype != embedding.dtype or not torch.equal(head.read(), embedding.read()):
+        raise TesselError(
+            f"config.json in {folder} says tie_word_embeddings: true, but {HEAD} differs from {EMBEDDING}. "
+            'Write "tie_word_embeddings": false there if the model has an output layer of its own, '
+            f"or remove {HEAD} from the file."
+        )
+
+
+def export(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    folder: str | Path,
+    dtype: torch.dtype,
+    tokenizer_source: Path | None = None,
+    model_source: Path | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers opens: safetensors, config.json, generation_config.json, tokenizer.
+
+    `tensors` are names as in the checkpoint and whole tensors on any device; they are converted to
+    `dtype` and written piece by piece, and at most one shard's worth of them is held. `folder`
+    appears whole or not at all, and an older one there is replaced only by a whole one. For the
+    two sources see `write_metadata`.
+
+    Raises:
+        TesselError: the disk is full, or `folder` holds something that is no Hugging Face folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise TesselError(f"{folder} exists and is no Hugging Face folder, so it is not replaced. Choose another name.")
+    with atomic_folder(folder) as temporary:
+        _write_shards(tensors, temporary, dtype, max_shard_bytes)
+        write_metadata(temporary, config, dtype, tokenizer_source, model_source)
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    written: list[tuple[Path, list[str]]] = []
+    total_bytes = 0
+    for number, shard in enumerate(_shards(tensors, dtype, max_shard_bytes)):
+        path = folder / f"shard-{number}"  # how many there will be, which their names say, is not known yet
+        total_bytes += write_file(path, shard, dtype)
+        written.append((path, [name for name, _ in shard]))
+    if len(written) == 1:
+        written[0][0].rename(folder / SAFETENSORS_FILE)
+        return
+    file_of: dict[str, str] = {}
+    for number, (path, names) in enumerate(written, start=1):
+        file_name = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        path.rename(folder / file_name)
+        file_of |= dict.fromkeys(names, file_name)
+    index: dict[str, Any] = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(file_of.items()))}
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """The tensors in order, in groups of at most `max_shard_bytes`; a larger tensor has its own."""
+    shard: list[tuple[str, Tensor]] = []
+    shard_bytes = 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * dtype.itemsize
+        if shard and shard_bytes + num_bytes > max_shard_bytes:
+            yield shard
+            shard, shard_bytes = [], 0
+        shard.append((name, tensor))
+        shard_bytes += num_bytes
+    yield shard
