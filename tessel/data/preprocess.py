@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -77,13 +78,14 @@ def preprocess_files(
 
     Raises:
         UsageError: workers, keys or the end-of-document id cannot be.
-        TesselError: an input cannot be read or holds no document; names file and line.
+        TesselError: an input cannot be read or holds no document (names file and line), or the output not be written.
     """
     if num_workers < 1:
         raise UsageError(f"--workers {num_workers}: at least 1 is needed.")
     files = check_inputs(inputs, json_keys)
     encoder = BlockEncoder(tokenizer.batch_encoder(), tuple(json_keys), _eod(tokenizer) if append_eod else None)
     prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
+    _make_folder(Path(output_prefix).parent)
     documents_of: Counter[str] = Counter()
     dtype = optimal_dtype(tokenizer.vocab_size)
     with ExitStack() as stack:
@@ -118,6 +120,16 @@ def _eod(tokenizer: Tokenizer) -> int:
     if not 0 <= tokenizer.eod <= tokenizer.max_id:
         raise UsageError(f"--eod-id {tokenizer.eod}: the tokenizer's ids are 0 to {tokenizer.max_id}.")
     return tokenizer.eod
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise TesselError(f"--output-prefix: the folder {folder} cannot be made or written to; choose another.")
 
 
 def _all_blocks(files: Sequence[Path]) -> Iterator[Block]:

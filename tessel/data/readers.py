@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def check_inputs(paths: Sequence[str | Path], keys: Sequence[str]) -> list[Path]
 
     Raises:
         UsageError: no file or no key, the same one twice, or other keys than "text" for .txt.
-        TesselError: a file does not exist, is a folder, has another extension, or is empty.
+        TesselError: a file does not exist, is a folder, has another extension, is empty, or may not be read.
     """
     if not paths or not keys:
         raise UsageError("Name at least one --input file and at least one of --json-keys.")
@@ -67,6 +68,8 @@ def check_inputs(paths: Sequence[str | Path], keys: Sequence[str]) -> list[Path]
                 f"The input {path}: {path.suffix or 'no extension'} is not read; {' and '.join(SUFFIXES)} are. "
                 'Convert it to one JSON object a line ({"text": "..."}), or to one document a line.'
             )
+        if not os.access(path, os.R_OK):
+            raise TesselError(f"The input {path} cannot be read: permission denied. Change its mode or its owner.")
         if path.stat().st_size == 0:
             raise TesselError(f"The input {path} is empty: there is no text to tokenize.")
         if path.suffix == ".txt" and list(keys) != [TEXT_KEY]:

@@ -226,6 +226,8 @@ def test_what_cannot_be_is_refused(tokenizer: HuggingFaceTokenizer, tmp_path: Pa
         run(by=outside)
     with pytest.raises(TesselError, match="blank.txt holds no document"):
         run(blank)
+    with pytest.raises(TesselError, match="--output-prefix: the folder .*blank.txt cannot be made or written to"):
+        preprocess_files([source], blank / "out", tokenizer, ["text"], append_eod=True)
     assert_nothing_written(tmp_path, source, blank)
 
 

@@ -114,6 +114,13 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
         check_inputs([], ["text"])
 
 
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.txt", "a")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the super-user may read any file
+    with pytest.raises(TesselError, match="a.txt cannot be read: permission denied"):
+        check_inputs([path], ["text"])
+
+
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """The peak of reading 64 MB is that of reading 4 MB, give or take less than one of those sizes."""
     code = (
