@@ -115,7 +115,8 @@ def preprocess_files(
 def _eod(tokenizer: Tokenizer) -> int:
     if tokenizer.eod is None:
         raise UsageError(
-            f"--append-eod: the tokenizer {tokenizer.source} has no end-of-sequence token; give its id with --eod-id."
+            f"The tokenizer {tokenizer.source} has no end-of-sequence token to end documents with; "
+            "give its id with --eod-id."
         )
     if not 0 <= tokenizer.eod <= tokenizer.max_id:
         raise UsageError(f"--eod-id {tokenizer.eod}: the tokenizer's ids are 0 to {tokenizer.max_id}.")

@@ -34,7 +34,7 @@ def model_report(folder: Path, list_tensors: bool) -> Report:
     """
     raw = _read_json(folder / "config.json")
     config, refusal = _supported(folder)
-    tensors = read_tensors(folder)
+    tensors = stored_tensors(folder)
     data: dict[str, Any] = {
         "kind": "Hugging Face model",
         "path": str(folder),
@@ -70,52 +70,25 @@ def is_model(folder: Path) -> bool:
     return path.is_file() and (not has_tokenizer(folder) or "hidden_size" in _read_json(path))
 
 
-def read_tensors(folder: Path) -> list[TensorFact] | None:
-    """The stored tensors of a folder, in the order of the files; None where it has no weights.
+def stored_tensors(folder: Path) -> list[TensorFact] | None:
+    """The tensors that a folder's weights files hold; None where it has no such files.
 
     Raises:
-        TesselError: a shard that the index names is missing, or a file is damaged.
+        TesselError: a shard or an index is missing, or a file is damaged.
     """
-    for stem, read in (("model.safetensors", _of_safetensors), ("pytorch_model.bin", _of_bin)):
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            names = sorted(set((_read_json(index).get("weight_map") or {}).values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
-                raise TesselError(
-                    f"{folder} lacks {', '.join(missing[:_MAX_NAMED])}{more} of the {len(names)} files that "
-                    f"{index.name} names. Download them again."
-                )
-            return [tensor for name in names for tensor in read(folder / name)]
-        if (folder / stem).is_file():
-            return read(folder / stem)
-    return None
+    # They import torch, which --help has no need of.
+    from tessel.checkpoint.safetensors import DTYPE_NAMES
+    from tessel.checkpoint.weights import read_tensors
+
+    if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin*")):
+        return None
+    return [TensorFact(t.name, t.shape, DTYPE_NAMES.get(t.dtype, str(t.dtype))) for t in read_tensors(folder).values()]
 
 
 def _of_safetensors(path: Path) -> list[TensorFact]:
-    # It imports torch, which --help has no need of.
     from tessel.checkpoint.safetensors import DTYPE_NAMES, read_header
 
-    header = read_header(path)
-    return [TensorFact(info.name, info.shape, DTYPE_NAMES[info.dtype]) for info in header.values()]
-
-
-def _of_bin(path: Path) -> list[TensorFact]:
-    import pickle
-
-    import torch
-
-    from tessel.checkpoint.safetensors import DTYPE_NAMES
-
-    try:
-        stored = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TesselError(f"{path} is not a whole file of weights: {reason}. Take another copy of it.") from error
-    entries = stored.items() if isinstance(stored, dict) else ()
-    tensors = ((name, value) for name, value in entries if isinstance(value, torch.Tensor))
-    return [TensorFact(name, tuple(t.shape), DTYPE_NAMES.get(t.dtype, str(t.dtype))) for name, t in tensors]
+    return [TensorFact(info.name, info.shape, DTYPE_NAMES[info.dtype]) for info in read_header(path).values()]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

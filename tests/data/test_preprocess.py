@@ -220,7 +220,9 @@ def test_what_cannot_be_is_refused(tokenizer: HuggingFaceTokenizer, tmp_path: Pa
 
     with pytest.raises(UsageError, match="--workers 0"):
         run(num_workers=0)
-    with pytest.raises(UsageError, match="has no end-of-sequence token; give its id with --eod-id"):
+    with pytest.raises(
+        UsageError, match="has no end-of-sequence token to end documents with; give its id with --eod-id"
+    ):
         run(by=without_eod)
     with pytest.raises(UsageError, match="--eod-id 70000: the tokenizer's ids are 0 to 9"):
         run(by=outside)
