@@ -115,7 +115,7 @@ def _info(path: Path, name: str, entry: Any, data_begin: int) -> TensorInfo:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"the header's entry of {name} is not one of a tensor") from error
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise TesselError(
             f"{path}: {name} has the dtype {dtype_name!r}, which is not known. Known: {', '.join(DTYPES)}."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,20 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 MAX_NAMED = 10
+# What torch's restricted unpickler was seen to raise on damaged files.
+_UNPICKLER_ERRORS = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
 
 
 class StoredTensor(Protocol):
@@ -168,7 +183,7 @@ def read_bin(path: Path) -> dict[str, BinTensor]:
             f"{path} was refused: it is damaged, or asks for more than tensors; nothing of it was run. "
             "Take a copy from a source you trust, best of all as safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except _UNPICKLER_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TesselError(f"{path} is not a whole file of torch.save: {reason}. Download it again.") from error
     strangers = (
