@@ -37,6 +37,15 @@ class MicroBatch:
     segments_BS: torch.Tensor | None  # i32; None: every position attends to all before it
     sample_ids: tuple[int, ...] = ()
 
+    @property
+    def rope_positions_BS(self) -> torch.Tensor | None:
+        """i64[B, S], or None for 0, 1, ...: what RoPE sees, as in Megatron.
+
+        There it never sees positions that --reset-position-ids has set back. Within segments that makes no
+        difference, since RoPE is relative; it does where documents attend to each other.
+        """
+        return None if self.segments_BS is None else self.positions_BS
+
     def to(self, device: torch.device, non_blocking: bool = False) -> MicroBatch:
         """The same batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

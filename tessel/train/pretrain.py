@@ -246,8 +246,10 @@ class _Run:
             )
 
     def _describe_loss(self) -> None:
-        """Say which rule weighs tokens, where masks make the rules differ."""
+        """Say which rule weighs tokens, where masks make the rules differ, and which positions count for nothing."""
         cfg = self._cfg
+        if cfg.data.reset_position_ids and not cfg.data.reset_attention_mask:
+            warn_once("--reset-position-ids without --reset-attention-mask: RoPE is not reset, as in Megatron")
         if not (cfg.data.eod_mask_loss or self._tokenizer.pad >= 0):
             return
         per_token = "each token of the global batch counts alike (--calculate-per-token-loss)"

@@ -107,7 +107,7 @@ class TrainStep:
             weights_BS = weights_BS * scale
             loss = self._model(
                 batch.tokens_BS,
-                batch.positions_BS,
+                batch.rope_positions_BS,
                 batch.segments_BS,
                 labels_BS=batch.labels_BS,
                 weights_BS=weights_BS,
@@ -140,7 +140,7 @@ def evaluation_sums(model: nn.Module, batches: Sequence[MicroBatch]) -> tuple[fl
     for batch in batches:
         nll = model(
             batch.tokens_BS,
-            batch.positions_BS,
+            batch.rope_positions_BS,
             batch.segments_BS,
             labels_BS=batch.labels_BS,
             weights_BS=batch.loss_mask_BS,

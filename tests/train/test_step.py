@@ -1,0 +1,80 @@
+"""One optimizer step: which positions the model sees, and fp16 sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessel.config.run import Optimizer
+from tessel.data.loader import MicroBatch
+from tessel.model.config import ModelConfig
+from tessel.model.init import initialize_
+from tessel.model.transformer import Transformer
+from tessel.train.optimizer import build_optimizer, parameter_groups
+from tessel.train.scaler import ConstantScaler
+from tessel.train.step import TrainStep, evaluation_sums
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "qwen2",
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+)
+
+
+def build_model() -> Transformer:
+    model = Transformer(CONFIG)
+    initialize_(model, CONFIG, std=0.2, seed=1)
+    return model
+
+
+def build_step(model: Transformer, **options: object) -> TrainStep:
+    optimizer_config = Optimizer(lr=1e-3)
+    groups = parameter_groups(model.named_parameters(), CONFIG, optimizer_config)
+    defaults = {
+        "scaler": None,
+        "clip_grad": 0.0,
+        "per_token_loss": False,
+        "z_loss_coeff": 0.0,
+        "count_zeros": False,
+        "skip_not_finite": False,
+    }
+    return TrainStep(model, build_optimizer(groups, optimizer_config), **(defaults | options))  # type: ignore[arg-type]
+
+
+def micro_batch(positions_S: Tensor, segments_S: Tensor | None = None, mask: float = 1.0) -> MicroBatch:
+    tokens_BS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(3))
+    return MicroBatch(
+        tokens_BS=tokens_BS,
+        labels_BS=tokens_BS.roll(-1, 1),
+        loss_mask_BS=torch.full((2, 16), mask),
+        positions_BS=positions_S.expand(2, 16),
+        segments_BS=None if segments_S is None else segments_S.expand(2, 16),
+    )
+
+
+RESET = torch.cat([torch.arange(6), torch.arange(10)])
+PLAIN = torch.arange(16)
+SEGMENTS = (torch.arange(16) >= 6).int()
+
+
+def test_reset_positions_alone_leave_rope_as_it_is() -> None:
+    model = build_model()
+    plain, reset = micro_batch(PLAIN), micro_batch(RESET)
+    assert evaluation_sums(model, [reset]) == evaluation_sums(model, [plain])
+    expected = build_step(build_model())([plain])
+    assert build_step(model)([reset]) == expected
+
+
+def test_a_segment_cannot_tell_where_its_positions_start() -> None:
+    model = build_model()
+    plain, reset = (evaluation_sums(model, [micro_batch(p, SEGMENTS)])[0] for p in (PLAIN, RESET))
+    assert reset == pytest.approx(plain, rel=1e-6)
+    assert abs(reset - evaluation_sums(model, [micro_batch(PLAIN)])[0]) > 1e-3
