@@ -80,10 +80,11 @@ class TrainStep:
 
         A step whose result is not finite is not applied either: the caller decides what follows.
         """
-        loss = float(self._forward_backward(batches))
+        loss_value, divisor = self._forward_backward(batches)
+        loss = float(loss_value)
         grads = local_gradients(self._parameters)
         finite = math.isfinite(loss)
-        if finite and self.scaler is not None and not self._unscale(grads):
+        if finite and self.scaler is not None and not self._unscale(grads, float(divisor)):
             self._optimizer.zero_grad(set_to_none=True)
             return StepResult(loss, None, None, skipped=True)
         norm = float(gradient_norm(grads))
@@ -97,9 +98,16 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, zeros, skipped=False)
 
-    def _forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """Accumulate gradients; returns the logged loss, a scalar on the device."""
-        weights = loss_weights([batch.loss_mask_BS for batch in batches], self._per_token_loss)
+    def _forward_backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Accumulate gradients; returns the logged loss, and what the gradients are still to be divided by.
+
+        Both are scalars on the device. The second is not 1 only for the loss per token under a loss scale: Megatron
+        divides by the number of tokens after the last backward, and what overflows depends on it.
+        """
+        masks = [batch.loss_mask_BS for batch in batches]
+        num_tokens = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum().clamp(min=1)
+        divide_later = self._per_token_loss and self.scaler is not None
+        weights = masks if divide_later else loss_weights(masks, self._per_token_loss)
         scale = self.scaler.scale if self.scaler is not None else 1.0
         nll_sum = torch.zeros((), dtype=torch.float64, device=weights[0].device)
         for batch, weights_BS in zip(batches, weights, strict=True):
@@ -118,17 +126,16 @@ class TrainStep:
             factor = weights_BS.amax().double()
             nll = loss.detach().double()
             nll_sum += torch.where(factor > 0, nll / factor, nll)
-        num_tokens = torch.stack([batch.loss_mask_BS.sum(dtype=torch.float64) for batch in batches]).sum()
-        return nll_sum / num_tokens.clamp(min=1)
+        return nll_sum / num_tokens, num_tokens if divide_later else torch.ones_like(num_tokens)
 
     @torch.no_grad()
-    def _unscale(self, grads: Sequence[Tensor]) -> bool:
-        """Divide gradients by the loss scale; False when one overflowed, the scale is then lowered."""
+    def _unscale(self, grads: Sequence[Tensor], divisor: float) -> bool:
+        """Divide gradients by the loss scale and `divisor`; False when one overflowed, the scale is then lowered."""
         assert self.scaler is not None
         largest = torch.stack(list(torch._foreach_norm(list(grads), ord=math.inf))).max()
         overflow = not bool(largest <= self._largest_gradient)
         if not overflow:
-            torch._foreach_mul_(list(grads), self.scaler.inverse_scale)
+            torch._foreach_mul_(list(grads), self.scaler.inverse_scale / divisor)
         self.scaler.update(found_inf=overflow)
         return not overflow
 

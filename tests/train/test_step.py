@@ -78,3 +78,27 @@ def test_a_segment_cannot_tell_where_its_positions_start() -> None:
     plain, reset = (evaluation_sums(model, [micro_batch(p, SEGMENTS)])[0] for p in (PLAIN, RESET))
     assert reset == pytest.approx(plain, rel=1e-6)
     assert abs(reset - evaluation_sums(model, [micro_batch(PLAIN)])[0]) > 1e-3
+
+
+@pytest.mark.parametrize(("per_token_loss", "skipped"), [(True, True), (False, False)])
+def test_fp16_sums_of_the_loss_per_token_overflow_before_they_are_divided(per_token_loss: bool, skipped: bool) -> None:
+    """Megatron divides by the number of tokens after the backward pass, so the largest loss scale is smaller."""
+    batches = [micro_batch(PLAIN), micro_batch(RESET)]
+    model = build_model()
+    result = build_step(model)(batches)
+    assert result.grad_norm is not None and not result.skipped
+    # Twice the largest mean gradient fits below the bound; the sum over 64 tokens does not.
+    options = {"per_token_loss": per_token_loss, "largest_gradient": 2 * result.grad_norm * 2**10}
+    scaled = build_step(build_model(), scaler=ConstantScaler(2.0**10), **options)(batches)
+    assert scaled.skipped == skipped
+
+
+def test_a_loss_scale_leaves_no_trace_in_the_gradient() -> None:
+    batches = [micro_batch(PLAIN), micro_batch(RESET, SEGMENTS)]
+    for per_token_loss in (True, False):
+        plain_model, scaled_model = build_model(), build_model()
+        plain = build_step(plain_model, per_token_loss=per_token_loss)(batches)
+        step = build_step(scaled_model, per_token_loss=per_token_loss, scaler=ConstantScaler(2.0**10))
+        scaled = step(batches)
+        assert scaled.loss == pytest.approx(plain.loss, rel=1e-6)
+        assert scaled.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
