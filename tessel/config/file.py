@@ -100,8 +100,10 @@ def _load(path: str) -> Mapping[Any, Any]:
     except UnicodeDecodeError:
         raise TesselError(f"--config {path} is not UTF-8 text. Give a YAML file.") from None
     except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise TesselError(f"--config {path} is not YAML: {detail}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise TesselError(f"--config {path}{where} is not YAML: {problem}. Mend the file.") from None
     if tree is None:
         return {}
     if not isinstance(tree, Mapping):

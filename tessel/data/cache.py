@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tessel.errors import TesselError
 from tessel.runtime.files import atomic_folder
 from tessel.runtime.log import log, warn_once
 
@@ -67,13 +68,10 @@ class IndexCache:
         self.num_built += 1
         try:
             _store(entry, description, names, arrays)
-        except OSError as error:
+        except TesselError as error:
             if self._folder is not None:
                 raise
-            warn_once(
-                f"the index of the data is not kept in {folder} ({error.strerror}); "
-                "--data-cache-path names another folder"
-            )
+            warn_once(f"the index of the data is not kept: {error} (--data-cache-path names another folder)")
         return arrays
 
     def report(self) -> None:

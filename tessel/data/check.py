@@ -20,6 +20,11 @@ def check_dataset(dataset: GPTDataset | BlendedDataset | None, vocab_size: int) 
         return
     parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
     for indexed in {part.indexed.prefix: part.indexed for part in parts}.values():
+        if indexed.dtype.kind == "f":
+            raise TesselError(
+                f"{indexed.prefix} holds {indexed.dtype.name} numbers, not token ids. "
+                "Make the dataset with `tessel preprocess`."
+            )
         if indexed.total_tokens <= SCAN_LIMIT_TOKENS:
             check_token_ids(indexed, vocab_size)
 

@@ -50,12 +50,12 @@ def read_sources(data: Data) -> Sources:
     if data.data_path is not None:
         return Sources(_blend(data.data_path, "--data-path"), ())
     if data.data_args_path is not None:
-        words = require_path(data.data_args_path, "--data-args-path").read_text(encoding="utf-8").split()
+        words = _read_text(data.data_args_path, "--data-args-path").split()
         return Sources(_blend(words, f"--data-args-path {data.data_args_path}"), ())
     if data.split is not None:
         raise UsageError(f"--split {data.split}: each split has a path of its own ({given[0]}); leave --split out.")
     if data.per_split_data_args_path is not None:
-        return Sources(None, _read_per_split(require_path(data.per_split_data_args_path, "--per-split-data-args-path")))
+        return Sources(None, _read_per_split(data.per_split_data_args_path))
     return Sources(
         None,
         tuple(_blend(words, f"--{name}-data-path") if words else None for name, words in zip(SPLITS, own, strict=True)),
@@ -79,7 +79,17 @@ def is_raw_text(path: str) -> bool:
             f"{path} is neither the prefix of a .bin/.idx pair nor raw text ({', '.join(RAW_SUFFIXES)}). "
             "`tessel preprocess` makes a dataset of other files."
         )
+    if file.is_dir() and not Path(f"{path}.bin").exists():
+        names = sorted(entry.stem if entry.suffix == ".idx" else entry.name for entry in _datasets_in(file))
+        holds = f"give what it holds: {', '.join(str(file / name) for name in names[:5])}" if names else "it holds none"
+        raise TesselError(
+            f"The data path {path} is a folder, and the prefix of a .bin/.idx or raw text is meant; {holds}."
+        )
     return False
+
+
+def _datasets_in(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.suffix in (".idx", *RAW_SUFFIXES)]
 
 
 def _blend(words: Sequence[str], flag: str) -> Blend:
@@ -88,9 +98,21 @@ def _blend(words: Sequence[str], flag: str) -> Blend:
     return parse_blend(words, flag)
 
 
-def _read_per_split(path: Path) -> tuple[Blend | None, ...]:
+def _read_text(path: str, flag: str) -> str:
+    """The text of a file of arguments."""
+    file = require_path(path, flag)
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TesselError(f"{flag} {path} is not UTF-8 text ({error.reason}). Give a file of data paths.") from error
+    except OSError as error:
+        raise TesselError(f"{flag} {path} cannot be read: {error.strerror}. Give a file of data paths.") from error
+
+
+def _read_per_split(path: str) -> tuple[Blend | None, ...]:
+    text = _read_text(path, "--per-split-data-args-path")
+    try:
+        content: Any = json.loads(text)
     except ValueError as error:
         raise TesselError(f"--per-split-data-args-path {path} is not JSON: {error}.") from error
     if not isinstance(content, dict) or not set(content) <= set(SPLITS):

@@ -22,6 +22,11 @@ _ARCHITECTURES = {
 _MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+# What must be a number where config.json has it; null says "not given" for the keys in _MAY_BE_NULL alone.
+_WHOLE = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "layer_types")
+_POSITIVE = ("rms_norm_eps", "rope_theta")
+
 # What transformers assumes where config.json leaves a key out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
@@ -30,6 +35,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
 }
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TEXTS = ("type", "rope_type")
 _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -105,6 +111,7 @@ class ModelConfig:
         """
         family = _family(raw)
         _check_features(raw, family)
+        _check_values(raw)
         known = {**_DEFAULTS[family], **raw}
         heads, layers = int(raw["num_attention_heads"]), int(raw["num_hidden_layers"])
         kv_heads = int(known.get("num_key_value_heads") or heads)
@@ -239,6 +246,29 @@ def _check_features(raw: Mapping[str, Any], family: str) -> None:
         raise TesselError("quantization_config: quantised weights are not supported; take the unquantised model.")
 
 
+def _check_values(raw: Mapping[str, Any]) -> None:
+    """Numbers are numbers, and what should be an object or a list is one."""
+    for key in (*_WHOLE, *_POSITIVE, "initializer_range", "sliding_window", "max_window_layers"):
+        value = raw.get(key)
+        if key not in raw or (value is None and key in (*_MAY_BE_NULL, "sliding_window")):
+            continue
+        if key in _WHOLE:
+            rule, good = "a whole number above 0", type(value) is int and value > 0
+        elif key in _POSITIVE:
+            rule, good = "a number above 0", type(value) in (int, float) and value > 0
+        else:
+            rule, good = "a number, 0 or more", type(value) in (int, float) and value >= 0
+        if not good:
+            raise TesselError(f"{key} is {value!r}: it must be {rule}. Take config.json from the model's source.")
+    for key, kind, what in (
+        ("rope_scaling", Mapping, "an object"),
+        ("rope_parameters", Mapping, "an object"),
+        ("layer_types", list, "a list"),
+    ):
+        if raw.get(key) is not None and not isinstance(raw[key], kind):
+            raise TesselError(f"{key} is {raw[key]!r}: it must be {what}. Take config.json from the model's source.")
+
+
 def _windows(known: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, tuple[str, ...] | None]:
     """Sliding window and layer types, by the rules of transformers' configuration classes."""
     window = known.get("sliding_window")
@@ -264,11 +294,19 @@ def _windows(known: Mapping[str, Any], family: str, layers: int) -> tuple[int | 
     return int(window or 0), tuple(types)
 
 
+def _is_rope_value(value: Any) -> bool:
+    """A number, a truth value (`truncate`), a list of numbers, or null."""
+    return value is None or isinstance(value, (int, float, list))
+
+
 def _rope(raw: Mapping[str, Any], max_position_embeddings: int) -> tuple[float, Mapping[str, Any] | None]:
     """(theta, scaling) from any spelling: rope_theta + rope_scaling (transformers 4), rope_parameters (5)."""
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise TesselError("rope_parameters that differ between layer types are not supported.")
+    wrong = [key for key, value in rope.items() if key not in _ROPE_TEXTS and not _is_rope_value(value)]
+    if wrong:
+        raise TesselError(f"{wrong[0]} of the RoPE parameters is {rope[wrong[0]]!r}: it must be a number.")
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     old_spelling = rope.pop("type", None)
     kind = rope.pop("rope_type", None) or old_spelling or "default"

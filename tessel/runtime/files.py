@@ -15,6 +15,8 @@ from types import TracebackType
 from tessel.errors import TesselError
 
 _FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+# A file where a folder is needed or the other way round, no permission, a read-only disk.
+_NO_PLACE_ERRNOS = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL_DISK_TEXTS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -103,9 +105,9 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 class disk_errors:
-    """Turn a full disk inside the block into a TesselError that names `path` and what is free.
+    """Turn a full disk, or a place that cannot be written to, into a TesselError that names `path`.
 
-    Looks through the chain of causes, since safetensors and torch wrap the system's error.
+    Looks through the chain of causes for a full disk, since safetensors and torch wrap the system's error.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -117,7 +119,14 @@ class disk_errors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, TesselError) or not is_disk_full(error):
+        if error is None or isinstance(error, TesselError):
+            return
+        if isinstance(error, OSError) and error.errno in _NO_PLACE_ERRNOS:
+            at = f" at {error.filename}" if error.filename not in (None, str(self._path)) else ""
+            raise TesselError(
+                f"{self._path} cannot be written ({error.strerror}{at}). Choose another folder, or mend that one."
+            ) from error
+        if not is_disk_full(error):
             return
         raise TesselError(
             f"The disk is full: writing {self._path} failed with {free_bytes(self._path) / 2**20:,.0f} MiB free. "
@@ -159,6 +168,24 @@ def require_free(path: str | Path, needed_bytes: int, what: str) -> None:
             f"{what} needs {needed_bytes / 2**20:,.0f} MiB in {path}, and {free / 2**20:,.0f} MiB are free. "
             "Free some space or choose another folder."
         )
+
+
+def require_writable(folder: str | Path, what: str) -> None:
+    """Refuse a folder that could not be made or written to, before work is spent; makes nothing.
+
+    Raises:
+        TesselError: `folder`, or the nearest thing above it that exists, is a file or may not be written.
+    """
+    folder = Path(folder)
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        named = "is a file" if there == folder.absolute() else f"lies below {there}, which is a file"
+        raise TesselError(f"{what} {folder} {named}. Give a folder; it is made if there is none.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        named = "it" if there == folder.absolute() else there
+        raise TesselError(f"{what} {folder}: {named} cannot be written to. Choose another folder, or change its mode.")
 
 
 def require_path(path: str | Path, what: str) -> Path:

@@ -15,6 +15,7 @@ from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
 from tessel.config.run import ModelShape, Precision, RunConfig, Tokenizer
 from tessel.data.tokenizer import load_tokenizer
+from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.kernels import choose, compile_layers
@@ -79,8 +80,7 @@ def build_learner(
             hidden_dropout=cfg.model.hidden_dropout,
             recompute=Recompute.from_options(cfg.kernels),
         )
-    model.to_empty(device=device)
-    _load_weights(model, model_config, source, cfg)
+    _load_weights(model, model_config, source, cfg, device)
     if cfg.kernels.compile:
         compile_layers(model.layers)
     if dtype is not torch.float32:
@@ -90,12 +90,24 @@ def build_learner(
     return Learner(model, build_optimizer(groups, cfg.optimizer), build_scaler(cfg.precision), dtype)
 
 
-def _load_weights(model: nn.Module, model_config: ModelConfig, source: Source, cfg: RunConfig) -> None:
+def _load_weights(
+    model: nn.Module, model_config: ModelConfig, source: Source, cfg: RunConfig, device: torch.device
+) -> None:
+    """Fill `model`, which is on the meta device until it is known that the weights fit it."""
+    if source.kind is Kind.HUGGINGFACE:
+        assert source.folder is not None
+        huggingface.load_into(model, source.folder, device)
+        return
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:  # torch has no narrower one for memory of the CPU
+        size_gib = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**30
+        raise TesselError(
+            f"The weights alone take {size_gib:,.1f} GiB in fp32, which {device} cannot give "
+            f"({str(error).splitlines()[0]}). Take a smaller model or a larger machine."
+        ) from error
     if source.kind is Kind.RANDOM:
         initialize_(model, model_config, std=cfg.model.init_method_std, seed=cfg.precision.seed)
-    elif source.kind is Kind.HUGGINGFACE:
-        assert source.folder is not None
-        huggingface.load_into(model, source.folder)
     else:
         assert source.folder is not None and source.iteration is not None
         weights = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}

@@ -157,7 +157,7 @@ def test_a_wrong_file_is_refused(write_config, text, message):
 def test_a_file_that_is_not_there_or_not_yaml_is_refused(write_config, tmp_path):
     with pytest.raises(TesselError, match=r"nowhere.yaml cannot be read: No such file"):
         read("--config", str(tmp_path / "nowhere.yaml"))
-    with pytest.raises(TesselError, match=r"run.yaml is not YAML: .*line 1"):
+    with pytest.raises(TesselError, match=r"run.yaml, line 2 is not YAML: expected"):
         read("--config", write_config("lr: [1\n"))
     (tmp_path / "latin.yaml").write_bytes(b"save: caf\xe9\n")
     with pytest.raises(TesselError, match="latin.yaml is not UTF-8"):

@@ -121,6 +121,36 @@ def test_what_is_refused(raw: dict[str, Any], message: str) -> None:
         ModelConfig.from_hf(raw)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("hidden_size", "big", "a whole number above 0"),
+        ("num_hidden_layers", 2.5, "a whole number above 0"),
+        ("num_attention_heads", 0, "a whole number above 0"),
+        ("max_position_embeddings", None, "a whole number above 0"),
+        ("rms_norm_eps", None, "a number above 0"),
+        ("rope_theta", "x", "a number above 0"),
+        ("sliding_window", "x", "a number, 0 or more"),
+        ("rope_scaling", [1], "an object"),
+        ("rope_parameters", "x", "an object"),
+        ("layer_types", "full_attention", "a list"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(key: str, value: Any, rule: str) -> None:
+    raw = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ModelConfig.from_hf(raw)
+    with pytest.raises(TesselError, match=f"{key} is .*: it must be {rule}"):
+        ModelConfig.from_hf({**raw, key: value})
+
+
+def test_a_rope_parameter_of_the_wrong_kind_is_named() -> None:
+    raw = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with pytest.raises(TesselError, match="factor of the RoPE parameters is 'x'"):
+        ModelConfig.from_hf({**raw, "rope_scaling": {"rope_type": "linear", "factor": "x"}})
+
+
 def test_architectures_name_the_family_where_model_type_is_absent() -> None:
     raw = {**BASE, "architectures": ["Qwen2ForCausalLM"]}
     assert ModelConfig.from_hf(raw).family == "qwen2"

@@ -85,8 +85,32 @@ def test_a_device_that_is_always_full(tmp_path: Path) -> None:
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), files.disk_errors(tmp_path):
+    with pytest.raises(FileNotFoundError), files.disk_errors(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "no")
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("x")
+    for write in (files.atomic_write, files.atomic_folder):
+        with pytest.raises(TesselError, match=r"taken/new cannot be written \(.* at .*taken\)"), write(taken / "new"):
+            raise AssertionError("the block must not be entered")
+    with pytest.raises(TesselError, match="cannot be written .no.. Choose another"), files.disk_errors(tmp_path):
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_require_writable_looks_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.require_writable(tmp_path / "not" / "yet", "--save")
+    assert not (tmp_path / "not").exists()
+    taken = tmp_path / "taken"
+    taken.write_text("x")
+    with pytest.raises(TesselError, match="--save .*taken is a file"):
+        files.require_writable(taken, "--save")
+    with pytest.raises(TesselError, match="--save .*taken/out lies below .*taken, which is a file"):
+        files.require_writable(taken / "out", "--save")
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    with pytest.raises(TesselError, match=r"--save .*out: .* cannot be written to"):
+        files.require_writable(tmp_path / "out", "--save")
 
 
 def test_require_free_names_what_is_lacking(tmp_path: Path) -> None:
