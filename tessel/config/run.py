@@ -252,7 +252,7 @@ class Evaluation:
     """Evaluation."""
 
     eval_interval: int | None = option(1000, "iterations between evaluations")
-    eval_iters: int = option(100, "global batches in one evaluation; 0: none")
+    eval_iters: int | None = option(None, "global batches in one evaluation; 0: none. 100, or the iterations of a shorter run")
     full_validation: bool = option(False, "evaluate on the whole validation set each time")
 
 
@@ -260,7 +260,7 @@ class Evaluation:
 class Logging:
     """Logging."""
 
-    log_interval: int = option(100, "iterations between log lines")
+    log_interval: int | None = option(None, "iterations between log lines; 100, or a tenth of a shorter run")
     log_throughput: bool = option(False, "add TFLOP/s per device to the log line")
     log_params_norm: bool = option(False, "add the norm of the weights to the log line")
     log_num_zeros_in_grad: bool = option(False, "add the number of zeros in the gradient to the log line")

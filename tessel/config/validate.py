@@ -7,8 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tessel.config.rules import RULES, SAMPLE_RULES
-from tessel.config.run import RunConfig
+from tessel.config.run import Evaluation, Logging, RunConfig
 from tessel.errors import UsageError
+
+# Megatron's defaults, for runs that are long enough for them.
+MOST_EVAL_ITERS = 100
+LONGEST_LOG_INTERVAL = 100
 
 if TYPE_CHECKING:
     from tessel.config.verbs import GenerateConfig, SamplesConfig
@@ -18,7 +22,7 @@ def validate(cfg: RunConfig) -> RunConfig:
     """Check the static rules of a training run and fill in what follows from other fields.
 
     Filled in: `global_batch_size`, `start_weight_decay`, `end_weight_decay`, `decoupled_min_lr`,
-    `recompute_granularity`, `position_embedding_type`, `loss_scale`.
+    `recompute_granularity`, `position_embedding_type`, `loss_scale`, `eval_iters`, `log_interval`.
 
     Raises:
         UsageError: a rule is broken; names field, value, rule and remedy.
@@ -98,4 +102,29 @@ def _resolved(cfg: RunConfig) -> RunConfig:
     if precision.loss_scale == 0:
         # Megatron's old spelling of a dynamic loss scale.
         precision = replace(precision, loss_scale=None)
-    return replace(cfg, optimizer=optimizer, kernels=kernels, batch=batch, model=model, precision=precision)
+    cfg = replace(cfg, optimizer=optimizer, kernels=kernels, batch=batch, model=model, precision=precision)
+    return replace(cfg, evaluation=_sized_evaluation(cfg), logging=_sized_logging(cfg))
+
+
+def _num_iters(cfg: RunConfig) -> int | None:
+    """Iterations of the run, as far as the flags alone tell (a batch ramp makes a few more)."""
+    if cfg.batch.train_samples is None:
+        return cfg.batch.train_iters
+    return cfg.batch.train_samples // (cfg.batch.global_batch_size or 1)
+
+
+def _sized_evaluation(cfg: RunConfig) -> Evaluation:
+    """Megatron's 100 iterations would make the evaluation of a short run longer than the run."""
+    if cfg.evaluation.eval_iters is not None:
+        return cfg.evaluation
+    num_iters = _num_iters(cfg)
+    return replace(cfg.evaluation, eval_iters=min(MOST_EVAL_ITERS, max(num_iters or MOST_EVAL_ITERS, 1)))
+
+
+def _sized_logging(cfg: RunConfig) -> Logging:
+    """Ten lines at least: with Megatron's interval of 100, a short run would print none."""
+    if cfg.logging.log_interval is not None:
+        return cfg.logging
+    num_iters = _num_iters(cfg)
+    interval = LONGEST_LOG_INTERVAL if num_iters is None else min(LONGEST_LOG_INTERVAL, max(num_iters // 10, 1))
+    return replace(cfg.logging, log_interval=interval)

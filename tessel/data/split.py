@@ -51,5 +51,6 @@ def num_samples_for(cfg: RunConfig, train_iters: int | None) -> tuple[int | None
     num_evaluations = 1
     if not batch.skip_train and evaluation.eval_interval:
         num_evaluations += (train_iters or 0) // evaluation.eval_interval
-    valid = None if evaluation.full_validation else num_evaluations * evaluation.eval_iters * global_batch_size
-    return train, valid, evaluation.eval_iters * global_batch_size
+    eval_iters = evaluation.eval_iters or 0
+    valid = None if evaluation.full_validation else num_evaluations * eval_iters * global_batch_size
+    return train, valid, eval_iters * global_batch_size

@@ -37,7 +37,7 @@ class Evaluator:
         self._device = device
         self._micro_batch_size = cfg.batch.micro_batch_size
         self._global_batch_size = cfg.batch.global_batch_size or cfg.batch.micro_batch_size
-        self._num_iters = cfg.evaluation.eval_iters
+        self._num_iters = cfg.evaluation.eval_iters or 0
         self._whole_set = cfg.evaluation.full_validation
         self._consumed_samples = {"validation": 0, "test": 0}
 

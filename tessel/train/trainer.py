@@ -169,7 +169,8 @@ class Trainer:
         }
         for sink in parts.sinks:
             sink.log(values, position.iteration, position.consumed_samples)
-        if position.iteration % parts.cfg.logging.log_interval == 0:
+        interval = parts.cfg.logging.log_interval
+        if interval and position.iteration % interval == 0:
             log(parts.training_log.line(step, peak_memory_bytes=devices.peak_memory_bytes(parts.device)))
         progress.update(position.iteration, result.loss, values["tokens-per-s"])
 

@@ -246,3 +246,16 @@ def test_numbers_of_sampling_are_checked(argv, message):
     with pytest.raises(UsageError) as caught:
         validate_generate(value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train_iters", "given", "eval_iters", "log_interval"),
+    [(20, {}, 20, 2), (5, {}, 5, 1), (5000, {}, 100, 100), (20, {"eval_iters": 100, "log_interval": 7}, 100, 7)],
+)
+def test_evaluation_and_log_lines_suit_the_length_of_the_run(
+    train_iters: int, given: dict[str, int], eval_iters: int, log_interval: int
+) -> None:
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    line = f"--num-layers 1 --seq-length 8 --lr 1e-3 --data-path x --train-iters {train_iters}".split() + flags
+    cfg = validate(parse(RunConfig, line, "tessel pretrain").value)
+    assert (cfg.evaluation.eval_iters, cfg.logging.log_interval) == (eval_iters, log_interval)
