@@ -175,6 +175,7 @@ def test_written_files_are_those_of_the_safetensors_library(tmp_path: Path) -> N
 def test_a_large_tensor_is_converted_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors, "_WRITE_CHUNK_ELEMENTS", 10)
     tensor = torch.randn(7, 9)
+    assert [len(chunk) for chunk in safetensors._chunks(tensor, torch.float16)] == [20] * 6 + [6]
     safetensors.write_file(tmp_path / "a.safetensors", [("a", tensor)], torch.float16)
     assert torch.equal(safetensors.read_header(tmp_path / "a.safetensors")["a"].read(), tensor.half())
 
