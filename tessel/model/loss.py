@@ -32,7 +32,10 @@ def chunked_linear_cross_entropy(
     chunk_tokens: int | None = None,
     z_loss_coeff: float = 0.0,
 ) -> Tensor:
-    """sum_n weights_n * (nll_n + z_loss_coeff * logZ_n^2), a scalar in fp32.
+    """sum_n weights_n * nll_n, a scalar in fp32; with a z-loss, a second term, and the result is both: [2].
+
+    The second is sum_n weights_n * z_loss_coeff * logZ_n^2. What is minimised is their sum: backward
+    goes through `.sum()`, since the gradient of both is had at once.
 
     nll is the cross-entropy of softmax(hidden W^T) with the label, logZ its log-partition
     (PaLM's z-loss, arXiv 2204.02311). `hidden_ND` and `weight_VD` are of one dtype, in which the
@@ -60,9 +63,11 @@ def chunked_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_to
 
 
 def _weighted_sum(nll_N: Tensor, log_z_N: Tensor, weights_N: Tensor, z_loss_coeff: float) -> Tensor:
-    if z_loss_coeff:
-        nll_N = nll_N + z_loss_coeff * log_z_N.square()
-    return (weights_N * nll_N).sum()
+    """The loss, or with a z-loss its two terms."""
+    total = (weights_N * nll_N).sum()
+    if not z_loss_coeff:
+        return total
+    return torch.stack((total, z_loss_coeff * (weights_N * log_z_N.square()).sum()))
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
@@ -131,7 +136,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        (upstream,) = grads
+        # With two terms, the same upstream gradient reaches both: only their sum is a loss.
+        upstream = grads[0].reshape(-1)[0]
         gradients = [ctx.hidden_grad_ND, ctx.weight_grad_VD]
         if all(gradient is None for gradient in gradients):
             raise RuntimeError("backward through the chunked loss works once; run forward again.")

@@ -215,9 +215,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What is returned depends on what is given.
 
-        - labels and weights: sum(weights * (nll + z_loss_coeff * logZ^2)), a scalar in fp32. A label is
-          the token that should follow; where the weight is 0 it may be anything. For fp16, put
-          the loss scale into the weights (see `model/loss.py`).
+        - labels and weights: sum(weights * nll), a scalar in fp32; with a z-loss, two terms whose sum is
+          the loss (see `model/loss.py`). A label is the token that should follow; where the weight
+          is 0 it may be anything. For fp16, put the loss scale into the weights.
         - labels alone: the nll of each token, fp32 [B, S], without gradients.
         - neither: logits [B, S, V], or [B, 1, V] with `logits="last"`, in the dtype of the weights.
 

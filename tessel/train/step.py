@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tessel.data.loader import MicroBatch
 from tessel.train.optimizer import clip_, gradient_norm, local_gradients, num_zeros
-from tessel.train.scaler import GradScaler
+from tessel.train.scaler import DynamicScaler, GradScaler
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ class TrainStep:
         loss = float(loss_value)
         grads = local_gradients(self._parameters)
         finite = math.isfinite(loss)
-        if finite and self.scaler is not None and not self._unscale(grads, float(divisor)):
+        may_skip = self._skip_not_finite or (finite and isinstance(self.scaler, DynamicScaler))
+        if self.scaler is not None and (finite or may_skip) and not self._unscale(grads, float(divisor)):
             self._optimizer.zero_grad(set_to_none=True)
-            return StepResult(loss, None, None, skipped=True)
+            return StepResult(loss, None if may_skip else math.inf, None, skipped=may_skip)
         norm = float(gradient_norm(grads))
         if not finite or not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -121,10 +122,10 @@ class TrainStep:
                 weights_BS=weights_BS,
                 z_loss_coeff=self._z_loss_coeff,
             )
-            loss.backward()
+            loss.sum().backward()
             # A micro-batch's weights are all equal, or zero: dividing gives back its sum of nll.
             factor = weights_BS.amax().double()
-            nll = loss.detach().double()
+            nll = loss.detach().flatten()[0].double()
             nll_sum += torch.where(factor > 0, nll / factor, nll)
         return nll_sum / num_tokens, num_tokens if divide_later else torch.ones_like(num_tokens)
 
