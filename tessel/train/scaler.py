@@ -28,7 +28,7 @@ class GradScaler(Protocol):
 
 
 class ConstantScaler:
-    """A scale that never changes; an overflow skips the iteration all the same."""
+    """A scale that never changes: an overflow stops the run (--no-check-for-nan-in-loss-and-grad: is skipped)."""
 
     def __init__(self, scale: float) -> None:
         if not scale > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.transformer import Transformer
 from tessel.train.optimizer import build_optimizer, parameter_groups
-from tessel.train.scaler import ConstantScaler
+from tessel.train.scaler import ConstantScaler, DynamicScaler
 from tessel.train.step import TrainStep, evaluation_sums
 
 CONFIG = ModelConfig.from_hf(
@@ -89,7 +91,7 @@ def test_fp16_sums_of_the_loss_per_token_overflow_before_they_are_divided(per_to
     assert result.grad_norm is not None and not result.skipped
     # Twice the largest mean gradient fits below the bound; the sum over 64 tokens does not.
     options = {"per_token_loss": per_token_loss, "largest_gradient": 2 * result.grad_norm * 2**10}
-    scaled = build_step(build_model(), scaler=ConstantScaler(2.0**10), **options)(batches)
+    scaled = build_step(build_model(), scaler=DynamicScaler(2.0**10), **options)(batches)
     assert scaled.skipped == skipped
 
 
@@ -102,3 +104,26 @@ def test_a_loss_scale_leaves_no_trace_in_the_gradient() -> None:
         scaled = step(batches)
         assert scaled.loss == pytest.approx(plain.loss, rel=1e-6)
         assert scaled.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(("skip_not_finite", "skipped"), [(True, True), (False, False)])
+def test_an_overflow_under_a_fixed_loss_scale_stops_unless_told_to_skip(skip_not_finite: bool, skipped: bool) -> None:
+    """As in Megatron, where only the dynamic scale turns the check off: a fixed one would overflow for ever."""
+    step = build_step(
+        build_model(), scaler=ConstantScaler(2.0**10), largest_gradient=1.0, skip_not_finite=skip_not_finite
+    )
+    result = step([micro_batch(PLAIN)])
+    assert result.skipped == skipped
+    assert result.is_finite == skipped
+    assert result.grad_norm == (None if skipped else math.inf)
+
+
+def test_a_loss_that_is_not_finite_lowers_the_loss_scale_where_it_is_skipped() -> None:
+    model = build_model()
+    with torch.no_grad():
+        model.head_weight[0, 0] = math.inf
+    scaler = DynamicScaler(initial_scale=8.0, hysteresis=1)
+    result = build_step(model, scaler=scaler, skip_not_finite=True)([micro_batch(PLAIN)])
+    assert result.skipped
+    assert not math.isfinite(result.loss)
+    assert scaler.scale == 4.0
