@@ -39,6 +39,7 @@ class Evaluator:
         self._global_batch_size = cfg.batch.global_batch_size or cfg.batch.micro_batch_size
         self._num_iters = cfg.evaluation.eval_iters or 0
         self._whole_set = cfg.evaluation.full_validation
+        self._has_an_end = cfg.data.dataloader_type != "cyclic"
         self._consumed_samples = {"validation": 0, "test": 0}
 
     def resume(self, num_evaluations: int) -> None:
@@ -94,7 +95,7 @@ class Evaluator:
         batches = []
         for _ in range(self._num_iters):
             start = self._consumed_samples[split]
-            if start + size > num_samples >= size:
+            if self._has_an_end and start + size > num_samples >= size:
                 # A resumed run may ask for more than there is: it goes through the set again.
                 start = 0
             batches.append((start, size, micro))
