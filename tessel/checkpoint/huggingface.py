@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessel.checkpoint.metadata import write_metadata
+from tessel.checkpoint.metadata import read_side_files, write_metadata
 from tessel.checkpoint.safetensors import write_file
 from tessel.checkpoint.weights import (
     SAFETENSORS_FILE,
@@ -24,7 +24,15 @@ from tessel.model.config import ModelConfig
 from tessel.runtime.files import atomic_folder
 from tessel.runtime.log import progress
 
-__all__ = ["MAX_SHARD_BYTES", "export", "load_into", "read_tensors", "write_metadata"]
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "export",
+    "load_into",
+    "read_side_files",
+    "read_tensors",
+    "require_replaceable",
+    "write_metadata",
+]
 
 MAX_SHARD_BYTES = 5_000_000_000
 EMBEDDING = "model.embed_tokens.weight"
@@ -125,8 +133,7 @@ def export(
     config: ModelConfig,
     folder: str | Path,
     dtype: torch.dtype,
-    tokenizer_source: Path | None = None,
-    model_source: Path | None = None,
+    side_files: Mapping[str, bytes] | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -134,18 +141,29 @@ def export(
 
     `tensors` are names as in the checkpoint and whole tensors on any device; they are converted to
     `dtype` and written piece by piece, and at most one shard's worth of them is held. `folder`
-    appears whole or not at all, and an older one there is replaced only by a whole one. For the
-    two sources see `write_metadata`.
+    appears whole or not at all, and an older one there is replaced only by a whole one. For
+    `side_files` see `read_side_files`.
 
     Raises:
         TesselError: the disk is full, or `folder` holds something that is no Hugging Face folder.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise TesselError(f"{folder} exists and is no Hugging Face folder, so it is not replaced. Choose another name.")
+    require_replaceable(folder)
     with atomic_folder(folder) as temporary:
         _write_shards(tensors, temporary, dtype, max_shard_bytes)
-        write_metadata(temporary, config, dtype, tokenizer_source, model_source)
+        write_metadata(temporary, config, dtype, side_files)
+
+
+def require_replaceable(folder: Path) -> None:
+    """Refuse to export over anything but an older Hugging Face folder.
+
+    Raises:
+        TesselError: `folder` is a file, or a folder that holds something else.
+    """
+    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise TesselError(
+            f"{folder} exists and is no Hugging Face folder, so it is not replaced. Move it away, or choose another."
+        )
 
 
 def _write_shards(

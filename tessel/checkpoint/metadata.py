@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,58 +35,61 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DROPPED_KEYS = ("auto_map", "_name_or_path")
 
 
+def read_side_files(tokenizer_source: Path | None, model_source: Path | None = None) -> dict[str, bytes]:
+    """The files that go along with weights unchanged, by name: tokenizer, chat templates, generation_config.json.
+
+    `tokenizer_source` is a folder, or its tokenizer.json; None for none. generation_config.json is
+    that of `model_source`, or of the tokenizer's folder. A run reads them when it starts, since the
+    folder that they came from may be gone when it writes.
+    """
+    files = {} if tokenizer_source is None else _tokenizer_files(require_path(tokenizer_source, "the tokenizer"))
+    for source in (model_source, tokenizer_source):
+        if source is not None and (source / GENERATION_CONFIG).is_file():
+            files[GENERATION_CONFIG] = (source / GENERATION_CONFIG).read_bytes()
+            break
+    return files
+
+
+def _tokenizer_files(source: Path) -> dict[str, bytes]:
+    if source.is_file() and source.name not in TOKENIZER_FILES:
+        # A single file under a name of its own has no settings around it.
+        settings = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
+        return {"tokenizer.json": source.read_bytes(), "tokenizer_config.json": settings}
+    folder = source.parent if source.is_file() else source
+    paths = [folder / name for name in TOKENIZER_FILES] + sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
+
+
 def write_metadata(
-    folder: Path,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    tokenizer_source: Path | None = None,
-    model_source: Path | None = None,
+    folder: Path, config: ModelConfig, dtype: torch.dtype, side_files: Mapping[str, bytes] | None = None
 ) -> None:
     """Write everything but the weights into `folder`, which is made if need be.
 
-    `tokenizer_source` is a folder, or its tokenizer.json; None for none. generation_config.json is
-    that of `model_source` or of the tokenizer's folder, else it is made from the ids in config.json,
-    with the tokenizer's end-of-sequence id where config.json has none.
+    `side_files` are those of `read_side_files`. Without a generation_config.json among them, it is
+    made from the ids in config.json, with the tokenizer's end-of-sequence id where that has none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     hf = replace(config, dtype=str(dtype).removeprefix("torch.")).to_hf()
-    _write_json(folder / "config.json", {key: value for key, value in hf.items() if key not in _DROPPED_KEYS})
-    if tokenizer_source is not None:
-        _copy_tokenizer(require_path(tokenizer_source, "the tokenizer"), folder)
-    for source in (model_source, tokenizer_source):
-        if source is not None and (source / GENERATION_CONFIG).is_file():
-            shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-            return
-    ids = {key: hf[key] for key in _TOKEN_IDS if hf.get(key) is not None}
-    eos = _tokenizer_eos(folder)
-    if "eos_token_id" not in ids and eos is not None:
-        ids["eos_token_id"] = eos
-    _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+    files = dict(side_files or {})
+    files["config.json"] = _json({key: value for key, value in hf.items() if key not in _DROPPED_KEYS})
+    if GENERATION_CONFIG not in files:
+        ids = {key: hf[key] for key in _TOKEN_IDS if hf.get(key) is not None}
+        eos = _tokenizer_eos(files)
+        if "eos_token_id" not in ids and eos is not None:
+            ids["eos_token_id"] = eos
+        files[GENERATION_CONFIG] = _json({"_from_model_config": True, **ids})
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    if source.is_file() and source.name not in TOKENIZER_FILES:
-        # A single file under a name of its own has no settings around it.
-        shutil.copyfile(source, folder / "tokenizer.json")
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-        return
-    if source.is_file():
-        source = source.parent
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    for template in sorted((source / _TEMPLATE_FOLDER).glob("*.jinja")):
-        (folder / _TEMPLATE_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(template, folder / _TEMPLATE_FOLDER / template.name)
-
-
-def _tokenizer_eos(folder: Path) -> int | None:
-    """Id of the end-of-sequence token that a folder's tokenizer files name, if they do."""
-    settings = _read_object(folder / "tokenizer_config.json")
+def _tokenizer_eos(files: Mapping[str, bytes]) -> int | None:
+    """Id of the end-of-sequence token that a tokenizer's files name, if they do."""
+    settings = _object(files, "tokenizer_config.json")
     eos = settings.get("eos_token")
     text = eos.get("content") if isinstance(eos, dict) else eos
     if text is None:
@@ -94,15 +97,12 @@ def _tokenizer_eos(folder: Path) -> int | None:
     for key, entry in (settings.get("added_tokens_decoder") or {}).items():
         if entry.get("content") == text:
             return int(key)
-    tokenizer = _read_object(folder / "tokenizer.json")
-    for entry in tokenizer.get("added_tokens") or []:
+    for entry in _object(files, "tokenizer.json").get("added_tokens") or []:
         if entry.get("content") == text:
             return int(entry["id"])
     return None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    content = json.loads(files.get(name, b"{}"))
     return content if isinstance(content, dict) else {}

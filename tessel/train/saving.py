@@ -36,13 +36,16 @@ class RunSaver:
         description: Mapping[str, Any],
         device: torch.device,
         resumed_iteration: int | None,
+        model_source: Path | None = None,
     ) -> None:
         self._flags = checkpoint
         self._folder = Path(checkpoint.save) if checkpoint.save else None
         self._learner = learner
         self._scheduler = scheduler
         self._model_config = model_config
-        self._tokenizer_source = tokenizer_source
+        # Read now: a run that goes on has them from a checkpoint, which --keep-last-k removes in time.
+        self._side_files = huggingface.read_side_files(tokenizer_source, model_source)
+        self._has_tokenizer = tokenizer_source is not None
         self._description = dict(description)
         self._device = device
         self._saved_iteration = resumed_iteration
@@ -114,11 +117,11 @@ class RunSaver:
         }
 
     def _write_hf_metadata(self, folder: Path) -> None:
-        huggingface.write_metadata(folder, self._model_config, self._learner.dtype, self._tokenizer_source)
+        huggingface.write_metadata(folder, self._model_config, self._learner.dtype, self._side_files)
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder in the precision of training, and say so."""
         weights = full_weights(self._learner.weights())
-        huggingface.export(weights, self._model_config, folder, self._learner.dtype, self._tokenizer_source)
-        without = " (without tokenizer: none was used)" if self._tokenizer_source is None else ""
+        huggingface.export(weights, self._model_config, folder, self._learner.dtype, self._side_files)
+        without = " (without tokenizer: none was used)" if not self._has_tokenizer else ""
         log(f"wrote the Hugging Face folder {folder}{without}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tessel.checkpoint import huggingface, safetensors
-from tessel.checkpoint.metadata import write_metadata
+from tessel.checkpoint.metadata import read_side_files, write_metadata
 from tessel.checkpoint.weights import read_bin, read_tensors
 from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
@@ -557,7 +557,7 @@ def test_tokenizer_template_and_generation_config_come_along(
     (folder / "notes.txt").write_text("mine")
     model = build(folder)
     out = tmp_path / "out"
-    huggingface.export(parameters(model), model.config, out, torch.float32, folder)
+    huggingface.export(parameters(model), model.config, out, torch.float32, read_side_files(folder))
     assert (out / "generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
     assert not (out / "modeling_private.py").exists() and not (out / "notes.txt").exists()
     ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(folder)
@@ -571,11 +571,11 @@ def test_generation_config_is_made_where_there_is_none(
     from transformers import AutoTokenizer, GenerationConfig
 
     config = ModelConfig.from_folder(tiny_hf_folder("llama", bos_token_id=1, eos_token_id=[2, 3], pad_token_id=0))
-    write_metadata(tmp_path / "from_config", config, torch.float32, tiny_tokenizer_folder)
+    write_metadata(tmp_path / "from_config", config, torch.float32, read_side_files(tiny_tokenizer_folder))
     made = GenerationConfig.from_pretrained(tmp_path / "from_config")
     assert (made.bos_token_id, made.eos_token_id, made.pad_token_id) == (1, [2, 3], 0)
     bare = ModelConfig.from_folder(tiny_hf_folder("llama"))
-    write_metadata(tmp_path / "from_tokenizer", bare, torch.float32, tiny_tokenizer_folder)
+    write_metadata(tmp_path / "from_tokenizer", bare, torch.float32, read_side_files(tiny_tokenizer_folder))
     made = GenerationConfig.from_pretrained(tmp_path / "from_tokenizer")
     assert made.eos_token_id == AutoTokenizer.from_pretrained(tiny_tokenizer_folder).eos_token_id
     write_metadata(tmp_path / "from_nothing", bare, torch.float32)
@@ -586,11 +586,13 @@ def test_a_tokenizer_of_one_file(tiny_hf_folder: MakeFolder, tiny_tokenizer_fold
     from transformers import AutoTokenizer
 
     config = ModelConfig.from_folder(tiny_hf_folder("llama"))
-    write_metadata(tmp_path / "beside", config, torch.float32, tiny_tokenizer_folder / "tokenizer.json")
+    write_metadata(
+        tmp_path / "beside", config, torch.float32, read_side_files(tiny_tokenizer_folder / "tokenizer.json")
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "beside").eos_token == "<|endoftext|>"
     alone = tmp_path / "mine.json"
     alone.write_bytes((tiny_tokenizer_folder / "tokenizer.json").read_bytes())
-    write_metadata(tmp_path / "alone", config, torch.float32, alone)
+    write_metadata(tmp_path / "alone", config, torch.float32, read_side_files(alone))
     ids = AutoTokenizer.from_pretrained(tmp_path / "alone")("the lazy dog").input_ids
     assert ids == AutoTokenizer.from_pretrained(tiny_tokenizer_folder)("the lazy dog").input_ids
 
