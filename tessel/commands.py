@@ -144,7 +144,7 @@ def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str
     from tessel.train.source import find_source
 
     source = find_source(cfg.checkpoint, cfg.model)
-    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer)
+    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
     missing = {
         name: value for name, value in model_config.shape_flags().items() if getattr(cfg.model, name) in (None, False)
     }

@@ -13,8 +13,10 @@ while saving goes on from the checkpoint before.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -34,6 +36,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 STATE_FILE = "run.json"
 RNG_FILE = "rng.pt"
 HF_FOLDER = "huggingface"
+STATE_KEYS = ("iteration", "consumed_train_samples", "scheduler", "scaler", "identity")
+# What torch.load and DCP raise for a file that is missing, cut short or something else.
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError)
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -55,29 +60,37 @@ def iteration_folder(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
 
 
+def iteration_of(path: Path) -> int | None:
+    """The iteration that a folder's name says; None for another name."""
+    match = _ITERATION.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def saved_iterations(folder: Path) -> list[int]:
     """The iterations that have a whole checkpoint of this kind in `folder`, rising."""
     if not folder.is_dir():
         return []
     found = []
     for entry in folder.iterdir():
-        match = _ITERATION.fullmatch(entry.name)
-        if match and (entry / STATE_FILE).is_file() and (entry / ".metadata").is_file():
-            found.append(int(match[1]))
+        iteration = iteration_of(entry)
+        if iteration is not None and (entry / STATE_FILE).is_file() and (entry / ".metadata").is_file():
+            found.append(iteration)
     return sorted(found)
 
 
 def latest_iteration(folder: Path) -> int | None:
     """The iteration that the tracker names; None where `folder` holds no run.
 
+    A run that was killed between its first checkpoint and the tracker has a checkpoint all the same.
+
     Raises:
         TesselError: the tracker names a checkpoint that is not there.
     """
     tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(errors="replace").strip()
     saved = saved_iterations(folder)
+    if not tracker.is_file():
+        return saved[-1] if saved else None
+    text = tracker.read_text(errors="replace").strip()
     if not text.isdigit() or int(text) not in saved:
         there = ", ".join(str(i) for i in saved) or "none"
         raise TesselError(
@@ -125,19 +138,36 @@ def _prune(folder: Path, keep_last_k: int, newest: int) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed save left behind."""
-    for entry in folder.glob(".iter_*"):
-        if entry.is_dir() and entry.name.endswith((".tmp", ".old")):
-            shutil.rmtree(entry)
+    """Remove what a killed save or export left behind."""
+    for pattern in (".iter_*", ".hf*"):
+        for entry in folder.glob(pattern):
+            if entry.is_dir() and entry.name.endswith((".tmp", ".old")):
+                shutil.rmtree(entry)
 
 
 def read_state(folder: Path, iteration: int) -> dict[str, Any]:
-    """The JSON that `save` was given."""
+    """The JSON that `save` was given.
+
+    Raises:
+        TesselError: it is damaged.
+    """
     path = iteration_folder(folder, iteration) / STATE_FILE
     try:
-        return cast(dict[str, Any], json.loads(path.read_text()))
+        state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise TesselError(f"{path} cannot be read ({error}). Resume from an earlier one with --ckpt-step.") from error
+        raise _damaged(path, error) from error
+    missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise _damaged(path, f"it lacks {', '.join(missing)}")
+    return cast(dict[str, Any], state)
+
+
+def _damaged(path: Path, why: object) -> TesselError:
+    reason = (str(why) or type(why).__name__).splitlines()[0]
+    return TesselError(
+        f"{path} is damaged ({reason}). Go on from an earlier checkpoint with --ckpt-step, or start anew with "
+        "--no-resume."
+    )
 
 
 def read_rng(folder: Path, iteration: int) -> dict[str, Any] | None:
@@ -145,7 +175,10 @@ def read_rng(folder: Path, iteration: int) -> dict[str, Any] | None:
     path = iteration_folder(folder, iteration) / RNG_FILE
     if not path.is_file():
         return None
-    return cast(dict[str, Any], torch.load(path, weights_only=True))
+    try:
+        return cast(dict[str, Any], torch.load(path, weights_only=True))
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
 
 
 def holds_optimizer(folder: Path, iteration: int) -> bool:
@@ -175,7 +208,14 @@ def load_tensors(folder: Path, iteration: int, tensors: Mapping[str, Tensor]) ->
         raise TesselError(f"{path} does not fit this run: {shown}. Load it with the flags it was saved with.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+        except dcp.CheckpointException as failed:
+            # It is a BaseException that prints a traceback of every rank; one process has one cause.
+            cause = next(iter(failed.failures.values()))[0]
+            raise _damaged(path, cause) from failed
+        except _UNREADABLE as error:
+            raise _damaged(path, error) from error
 
 
 class BackgroundSave:
@@ -193,7 +233,7 @@ class BackgroundSave:
         def run() -> None:
             try:
                 save_copies(copies)
-            except BaseException as error:  # handed to the thread that waits
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
                 self._error = error
 
         self._thread = threading.Thread(target=run, name="checkpoint writer")

@@ -252,7 +252,9 @@ class Evaluation:
     """Evaluation."""
 
     eval_interval: int | None = option(1000, "iterations between evaluations")
-    eval_iters: int | None = option(None, "global batches in one evaluation; 0: none. 100, or the iterations of a shorter run")
+    eval_iters: int | None = option(
+        None, "global batches in one evaluation; 0: none. 100, or the iterations of a shorter run"
+    )
     full_validation: bool = option(False, "evaluate on the whole validation set each time")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessel.errors import UsageError
+
+PATH_METAVARS = ("DIR", "FILE", "PATH", "PREFIX")
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,9 @@ def convert(option: Option, raw: Any, name: str) -> Any:
 
 def _convert_one(option: Option, item: Any, raw: Any, name: str) -> Any:
     value = _as_kind(option.kind, item, loose_text=option.many)
+    if isinstance(value, str) and option.metadata["metavar"] in PATH_METAVARS:
+        # No shell has done it in a file, nor after an equals sign.
+        value = os.path.expanduser(value)
     choices = option.metadata["choices"]
     if value is None or (choices is not None and value not in choices):
         raise _misfit(option, raw, name)

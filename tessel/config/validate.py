@@ -22,7 +22,8 @@ def validate(cfg: RunConfig) -> RunConfig:
     """Check the static rules of a training run and fill in what follows from other fields.
 
     Filled in: `global_batch_size`, `start_weight_decay`, `end_weight_decay`, `decoupled_min_lr`,
-    `recompute_granularity`, `position_embedding_type`, `loss_scale`, `eval_iters`, `log_interval`.
+    `recompute_granularity`, `position_embedding_type`, `loss_scale`, `eval_iters`, `log_interval`,
+    and `lr` where nothing is trained.
 
     Raises:
         UsageError: a rule is broken; names field, value, rule and remedy.
@@ -94,6 +95,8 @@ def _resolved(cfg: RunConfig) -> RunConfig:
         optimizer = replace(optimizer, decoupled_min_lr=cfg.schedule.min_lr)
     if kernels.recompute_activations:
         kernels = replace(kernels, recompute_granularity="selective")
+    if cfg.batch.skip_train and optimizer.lr is None:
+        optimizer = replace(optimizer, lr=0.0)
     batch, model, precision = cfg.batch, cfg.model, cfg.precision
     if batch.global_batch_size is None:
         batch = replace(batch, global_batch_size=batch.micro_batch_size)

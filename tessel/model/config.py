@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 
 # What must be a number where config.json has it; null says "not given" for the keys in _MAY_BE_NULL alone.
 _WHOLE = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
-_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "layer_types")
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "rope_theta", "sliding_window")
 _POSITIVE = ("rms_norm_eps", "rope_theta")
 
 # What transformers assumes where config.json leaves a key out.
@@ -249,15 +250,16 @@ def _check_features(raw: Mapping[str, Any], family: str) -> None:
 def _check_values(raw: Mapping[str, Any]) -> None:
     """Numbers are numbers, and what should be an object or a list is one."""
     for key in (*_WHOLE, *_POSITIVE, "initializer_range", "sliding_window", "max_window_layers"):
-        value = raw.get(key)
-        if key not in raw or (value is None and key in (*_MAY_BE_NULL, "sliding_window")):
+        if key not in raw or (raw[key] is None and key in _MAY_BE_NULL):
             continue
+        value = raw[key]
+        number = value if type(value) in (int, float) else math.nan  # a truth value is an int to isinstance
         if key in _WHOLE:
-            rule, good = "a whole number above 0", type(value) is int and value > 0
+            rule, good = "a whole number above 0", type(value) is int and number > 0
         elif key in _POSITIVE:
-            rule, good = "a number above 0", type(value) in (int, float) and value > 0
+            rule, good = "a number above 0", number > 0
         else:
-            rule, good = "a number, 0 or more", type(value) in (int, float) and value >= 0
+            rule, good = "a number, 0 or more", number >= 0
         if not good:
             raise TesselError(f"{key} is {value!r}: it must be {rule}. Take config.json from the model's source.")
     for key, kind, what in (

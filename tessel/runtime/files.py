@@ -184,7 +184,7 @@ def require_writable(folder: str | Path, what: str) -> None:
         named = "is a file" if there == folder.absolute() else f"lies below {there}, which is a file"
         raise TesselError(f"{what} {folder} {named}. Give a folder; it is made if there is none.")
     if not os.access(there, os.W_OK | os.X_OK):
-        named = "it" if there == folder.absolute() else there
+        named = "it" if there == folder.absolute() else str(there)
         raise TesselError(f"{what} {folder}: {named} cannot be written to. Choose another folder, or change its mode.")
 
 

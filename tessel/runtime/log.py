@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,8 +17,15 @@ PLAIN_PROGRESS_INTERVAL_S = 10.0
 
 
 def log(message: str) -> None:
-    """Print one plain line on stdout at once, so that a log file can be followed."""
-    print(message, flush=True)
+    """Print one plain line on stdout at once, so that a log file can be followed.
+
+    A reader that has left (`| head`, a `tee` that was killed) does not end the work: a run may be days old.
+    """
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("tessel: nobody reads stdout any more; going on without it", file=sys.stderr)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,6 +17,12 @@ from tessel.train.sinks import TEST, VALIDATION, Sink
 from tessel.train.step import evaluation_sums
 
 FINAL_VALIDATION = "final_validation"
+Stopped = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nothing stops the evaluation."""
+    return False
 
 
 class Evaluator:
@@ -46,17 +52,20 @@ class Evaluator:
         """Go on after `num_evaluations` evaluations of an earlier start."""
         self._consumed_samples["validation"] = num_evaluations * self._num_iters * self._global_batch_size
 
-    def validate(self, iteration: int, consumed_samples: int) -> None:
-        """Evaluate on the validation set, print and log it."""
-        self._report("validation", f"iteration {iteration}", iteration, consumed_samples, VALIDATION)
+    def validate(self, iteration: int, consumed_samples: int, stopped: Stopped = never) -> None:
+        """Evaluate on the validation set, print and log it; given up once `stopped()`."""
+        self._report("validation", f"iteration {iteration}", iteration, consumed_samples, VALIDATION, stopped)
 
-    def final(self, iteration: int, consumed_samples: int) -> None:
-        """After training: the validation set once more, then the test set."""
+    def final(self, iteration: int, consumed_samples: int, stopped: Stopped = never) -> None:
+        """After training: the validation set once more, then the test set; given up once `stopped()`."""
         for split, kind in (("validation", FINAL_VALIDATION), ("test", TEST)):
-            self._report(split, f"iteration {iteration} on {split} set", iteration, consumed_samples, kind)
+            where = f"iteration {iteration} on {split} set"
+            self._report(split, where, iteration, consumed_samples, kind, stopped)
 
-    def _report(self, split: str, where: str, iteration: int, consumed_samples: int, kind: str) -> None:
-        loss = self._evaluate(split)
+    def _report(
+        self, split: str, where: str, iteration: int, consumed_samples: int, kind: str, stopped: Stopped
+    ) -> None:
+        loss = self._evaluate(split, stopped)
         if loss is None:
             return
         for line in metrics.evaluation_lines(where, {LM_LOSS: loss}):
@@ -65,8 +74,11 @@ class Evaluator:
         for sink in self._sinks:
             sink.log(values, iteration, consumed_samples, kind)
 
-    def _evaluate(self, split: str) -> float | None:
-        """Mean nll over loss-bearing tokens; None without data or iterations."""
+    def _evaluate(self, split: str, stopped: Stopped) -> float | None:
+        """Mean nll over loss-bearing tokens; None without data or iterations, or when cut short.
+
+        The position in the set is then as after a whole evaluation, so that a run that goes on takes the next part.
+        """
         loader = self._loaders[split]
         if loader is None or self._num_iters == 0:
             return None
@@ -75,6 +87,8 @@ class Evaluator:
         nll_sum = num_tokens = 0.0
         try:
             for start, size, micro_batch_size in self._batches(split, len(loader)):
+                if stopped():
+                    return None
                 batches = [batch.to(self._device) for batch in loader.fetch(start, size, micro_batch_size)]
                 sums = evaluation_sums(model, batches)
                 nll_sum, num_tokens = nll_sum + sums[0], num_tokens + sums[1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import numpy as np
 from tessel.config.run import RunConfig
 from tessel.data.blend import BlendedDataset
 from tessel.data.build import Dataset, Splits
+from tessel.data.samples import GPTDataset
 from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
 
 # Entries of config.json that say nothing about the shape.
-_NOT_SHAPE = ("torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache")
+_NOT_SHAPE = ("torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range")
+_PROBES = 64
+_PROBE_TOKENS = 256
 # Flags that decide which tokens a step trains on, or with which loss.
 _DATA_FLAGS = ("split", "eod_mask_loss", "reset_position_ids", "reset_attention_mask", "dataloader_type")
 
@@ -44,26 +48,42 @@ def _dataset_identity(dataset: Dataset | None) -> list[str]:
     if dataset is None:
         return []
     if not isinstance(dataset, BlendedDataset):
-        return [_part_identity(dataset.indexed.lengths, dataset.tokens_per_epoch)]
+        return [_part_identity(dataset)]
     weights = dataset.weights if dataset.weights is not None else [None] * len(dataset.datasets)
     return [
-        f"{'' if weight is None else f'{weight:g} of '}{_part_identity(part.indexed.lengths, part.tokens_per_epoch)}"
+        f"{'' if weight is None else f'{weight:g} of '}{_part_identity(part)}"
         for weight, part in zip(weights, dataset.datasets, strict=True)
     ]
 
 
-def _part_identity(lengths: np.ndarray, num_tokens: int) -> str:
-    digest = hashlib.blake2b(np.ascontiguousarray(lengths).data, digest_size=8).hexdigest()
-    return f"{num_tokens} tokens, sequence lengths {digest}"
+def _part_identity(part: GPTDataset) -> str:
+    """By content, not by path: all lengths, and some tokens, since packed data has one length throughout."""
+    indexed = part.indexed
+    digest = hashlib.blake2b(np.ascontiguousarray(indexed.lengths).data, digest_size=8)
+    for sequence in np.linspace(0, len(indexed) - 1, num=min(len(indexed), _PROBES), dtype=np.int64).tolist():
+        tokens = indexed.get(sequence)[:_PROBE_TOKENS]
+        digest.update(tokens.astype(np.int64).tobytes())
+    return f"{part.tokens_per_epoch} tokens, digest {digest.hexdigest()}"
 
 
-def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any], where: str, override: bool) -> list[str]:
-    """The differences between a checkpoint's identity and this run's, refused unless `override`.
+def model_differences(ours: ModelConfig, asked: ModelConfig) -> list[str]:
+    """In what the model that the command line names differs in shape from the run's own."""
+    return [
+        f"model: {f.name} was {getattr(ours, f.name)!r} and is {getattr(asked, f.name)!r}"
+        for f in fields(ModelConfig)
+        if f.compare and f.name not in _NOT_SHAPE and getattr(ours, f.name) != getattr(asked, f.name)
+    ]
+
+
+def check_same_run(
+    saved: Mapping[str, Any], ours: Mapping[str, Any], where: str, override: bool, others: Sequence[str] = ()
+) -> list[str]:
+    """The differences between a checkpoint's identity and this run's and `others`, refused unless `override`.
 
     Raises:
         TesselError: there are some; they are listed.
     """
-    differences = [
+    differences = list(others) + [
         f"{kind}: {key} was {saved.get(kind, {}).get(key)!r} and is {ours[kind].get(key)!r}"
         for kind in ("model", "data")
         for key in sorted({**saved.get(kind, {}), **ours[kind]})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tessel.checkpoint import training as run_checkpoint
-from tessel.config.run import RunConfig
+from tessel.config.run import RunConfig, Schedule
 from tessel.data.build import Splits, build_datasets, num_samples_for
 from tessel.data.check import check_dataset
 from tessel.data.loader import Loader
@@ -19,17 +20,18 @@ from tessel.errors import TesselError, UsageError
 from tessel.model.config import ModelConfig
 from tessel.runtime import device as devices
 from tessel.runtime import random as random_state
+from tessel.runtime.files import require_writable
 from tessel.runtime.log import log, warn_once
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
 from tessel.train.evaluation import Evaluator
 from tessel.train.flops import flops_per_token
-from tessel.train.identity import check_same_run, run_identity
+from tessel.train.identity import check_same_run, model_differences, run_identity
 from tessel.train.metrics import TrainingLog, tensorboard_tags_off
 from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler, build_schedules
 from tessel.train.setup import Learner, build_learner, compute_dtype, largest_gradient, model_config_of
-from tessel.train.sinks import build_sinks
-from tessel.train.source import Kind, Source, find_source
+from tessel.train.sinks import build_sinks, check_packages
+from tessel.train.source import EXPORT_FOLDER, Kind, Source, asked_model, check_save, find_source
 from tessel.train.step import TrainStep
 from tessel.train.trainer import Parts, Position, Trainer, metrics_path
 
@@ -42,8 +44,10 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
         TesselError: a file is missing or wrong, or the run cannot go on.
     """
     started_s = time.monotonic()
+    _check_folders(cfg)
+    check_packages(cfg.logging)
     source = find_source(cfg.checkpoint, cfg.model)
-    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer)
+    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
     _check_length(cfg, model_config)
     device = devices.resolve(cfg.runtime.device)
     if cfg.precision.deterministic_mode:
@@ -61,6 +65,19 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
     with contextlib.ExitStack() as stack:
         run = _Run(cfg, source, model_config, tokenizer, splits, device, stack)
         run.train(batch_size, train_iters, started_s)
+
+
+def _check_folders(cfg: RunConfig) -> None:
+    """Where the run will write, before it spends time on anything else."""
+    if not cfg.batch.skip_train:
+        check_save(cfg.checkpoint)
+    for flag, folder in (
+        ("--data-cache-path", cfg.data.data_cache_path),
+        ("--tensorboard-dir", cfg.logging.tensorboard_dir),
+        ("--wandb-save-dir", cfg.logging.wandb_save_dir),
+    ):
+        if folder is not None:
+            require_writable(folder, flag)
 
 
 def _check_length(cfg: RunConfig, model_config: ModelConfig) -> None:
@@ -104,17 +121,32 @@ class _Run:
             return None
         assert source.folder is not None and source.iteration is not None
         state = run_checkpoint.read_state(source.folder, source.iteration)
-        if source.kind is Kind.RESUME:
+        flags = self._cfg.checkpoint
+        if source.kind is Kind.RESUME and not self._cfg.batch.skip_train:
             where = str(run_checkpoint.iteration_folder(source.folder, source.iteration))
-            for difference in check_same_run(state["identity"], self._identity, where, self._cfg.checkpoint.override):
+            asked = asked_model(source, flags.load or self._cfg.model.init_from_config)
+            others = [] if asked is None else model_differences(self._model_config, asked)
+            for difference in check_same_run(state["identity"], self._identity, where, flags.override, others):
                 warn_once(f"--override: {difference}")
-        return None if source.kind is Kind.RUN and self._cfg.checkpoint.finetune else state
+        if source.kind is Kind.RUN and flags.finetune:
+            return None
+        if self._restores_optimizer and not run_checkpoint.holds_optimizer(source.folder, source.iteration):
+            raise TesselError(
+                f"{run_checkpoint.iteration_folder(source.folder, source.iteration)} was saved without the "
+                "optimizer's state (--no-save-optim). Pass --no-load-optim to go on with a fresh optimizer."
+            )
+        return state
+
+    @property
+    def _restores_optimizer(self) -> bool:
+        return not self._cfg.checkpoint.no_load_optim and not self._cfg.batch.skip_train
 
     def _build_scheduler(self) -> Scheduler:
-        schedule = self._cfg.schedule
-        train_iters = self._cfg.batch.train_iters
+        cfg, schedule = self._cfg, self._cfg.schedule
+        if cfg.batch.skip_train:  # nothing moves it, and its flags may be left out
+            cfg = replace(cfg, schedule=Schedule(), batch=replace(cfg.batch, train_iters=1, train_samples=None))
         return Scheduler(
-            *build_schedules(self._cfg, train_iters),
+            *build_schedules(cfg),
             override=schedule.override_opt_param_scheduler,
             use_checkpoint=schedule.use_checkpoint_opt_param_scheduler,
         )
@@ -142,9 +174,9 @@ class _Run:
             trainer = Trainer(parts, position, started_s)
             reason = trainer.run()
             if reason is None:
-                trainer.finish()
+                reason = trainer.finish()
         if cfg.checkpoint.save and reason is None and not cfg.batch.skip_train:
-            saver.export(Path(cfg.checkpoint.save) / "hf")
+            saver.export(Path(cfg.checkpoint.save) / EXPORT_FOLDER)
 
     def _parts(
         self, batch_size: BatchSize, train_iters: int, evaluator: Evaluator, saver: RunSaver, sinks: list[Any]
@@ -200,6 +232,7 @@ class _Run:
             description,
             self._device,
             resumed.iteration if resumed is not None else None,
+            self._source.model_folder,
         )
 
     def _restore(self) -> Position:
@@ -210,7 +243,7 @@ class _Run:
         if state is None:
             return Position()
         assert source.folder is not None and source.iteration is not None
-        if not flags.no_load_optim:
+        if self._restores_optimizer:
             self._load_optimizer(source.folder, source.iteration)
             self._scheduler.load_state_dict(state["scheduler"])
             if self._learner.scaler is not None and state["scaler"]:
@@ -226,11 +259,6 @@ class _Run:
             for name, tensor in self._learner.tensors(with_optimizer=True).items()
             if name.startswith("optimizer.")
         }
-        if not run_checkpoint.holds_optimizer(folder, iteration):
-            raise TesselError(
-                f"{run_checkpoint.iteration_folder(folder, iteration)} was saved without the optimizer's state "
-                "(--no-save-optim). Pass --no-load-optim to go on with a fresh optimizer."
-            )
         run_checkpoint.load_tensors(folder, iteration, tensors)
 
     def _check_restored_order(self, position: Position) -> None:

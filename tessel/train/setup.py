@@ -15,13 +15,14 @@ from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
 from tessel.config.run import ModelShape, Precision, RunConfig, Tokenizer
 from tessel.data.tokenizer import load_tokenizer
-from tessel.errors import TesselError
+from tessel.errors import TesselError, UsageError
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.kernels import choose, compile_layers
+from tessel.model.shape import contradictions
 from tessel.model.transformer import Recompute, Transformer
 from tessel.parallel.apply import apply_mixed_precision
-from tessel.runtime.log import log
+from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
 from tessel.train.optimizer import build_optimizer, local, parameter_groups, state_by_name
 from tessel.train.scaler import GradScaler, build_scaler
@@ -131,9 +132,11 @@ def full_weights(weights: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def model_config_of(
-    source: Source, shape: ModelShape, given: frozenset[str], tokenizer_section: Tokenizer
+    source: Source, shape: ModelShape, given: frozenset[str], tokenizer_section: Tokenizer, override: bool = False
 ) -> ModelConfig:
     """The model's configuration: config.json where the source has one, else the shape flags.
+
+    A run that goes on keeps its own model; `override` lets it, whatever the shape flags say.
 
     Raises:
         UsageError: a shape flag contradicts config.json; both values are shown.
@@ -142,7 +145,17 @@ def model_config_of(
     if folder is None:
         return ModelConfig.from_shape(shape, _tokenizer_rows(shape, tokenizer_section))
     config = ModelConfig.from_folder(folder)
-    config.check_shape_flags(shape, set(given))
+    if source.kind is not Kind.RESUME:
+        config.check_shape_flags(shape, set(given))
+        return config
+    wrong = "; ".join(contradictions(config, shape, set(given)))
+    if wrong and not override:
+        raise UsageError(
+            f"--save {source.folder} holds a run of another model, which contradicts {wrong}. Use another --save, or "
+            "--override to go on with the run's model all the same (--no-resume starts anew)."
+        )
+    if wrong:
+        warn_once(f"--override: the run's model contradicts {wrong}, and is kept")
     return config
 
 

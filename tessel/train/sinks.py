@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -108,14 +109,32 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [row for row in map(_parsed, Path(path).read_bytes().split(b"\n")) if row is not None]
 
 
+def check_packages(logging: Logging) -> None:
+    """Whether the packages that the flags need are there, without the time that importing them takes.
+
+    Raises:
+        UsageError: one is not installed.
+    """
+    for value, flag, package in (
+        (logging.tensorboard_dir, "--tensorboard-dir", "tensorboard"),
+        (logging.wandb_project, "--wandb-project", "wandb"),
+        (logging.swanlab_project, "--swanlab-project", "swanlab"),
+    ):
+        if value is not None and importlib.util.find_spec(package) is None:
+            raise _not_installed(flag, package)
+
+
+def _not_installed(flag: str, extra: str) -> UsageError:
+    return UsageError(
+        f"{flag} needs the package {extra}, which is not installed: pip install 'tessel[{extra}]', or leave {flag} out."
+    )
+
+
 def _require(module: str, flag: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(
-            f"{flag} needs the package {extra}, which is not installed: pip install 'tessel[{extra}]', "
-            f"or leave {flag} out."
-        ) from error
+        raise _not_installed(flag, extra) from error
 
 
 class TensorBoardSink:

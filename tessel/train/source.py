@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
 from tessel.config.run import Checkpoint, ModelShape
 from tessel.errors import TesselError
-from tessel.runtime.files import require_path
+from tessel.model.config import ModelConfig
+from tessel.runtime.files import require_path, require_writable
 
+EXPORT_FOLDER = "hf"
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -60,17 +63,65 @@ def find_source(checkpoint: Checkpoint, model: ModelShape) -> Source:
     """
     save = Path(checkpoint.save) if checkpoint.save else None
     if save is not None and not checkpoint.no_resume and run_checkpoint.saved_iterations(save):
-        wanted = checkpoint.ckpt_step if checkpoint.load is None else None
+        wanted = None if _is_another_run(checkpoint.load, save) else checkpoint.ckpt_step
         return _run(Kind.RESUME, save, wanted)
     if checkpoint.load is None:
         shape_folder = require_path(model.init_from_config, "--init-from-config") if model.init_from_config else None
         return Source(Kind.RANDOM, None, None, shape_folder)
     load = require_path(checkpoint.load, "--load")
-    if (load / run_checkpoint.TRACKER).is_file() and run_checkpoint.saved_iterations(load):
+    if run_checkpoint.saved_iterations(load):
         return _run(Kind.RUN, load, checkpoint.ckpt_step)
     if (load / "config.json").is_file() and any((load / name).is_file() for name in WEIGHT_FILES):
         return Source(Kind.HUGGINGFACE, load, None, load)
     raise TesselError(_no_weights(load))
+
+
+def _is_another_run(load: str | None, save: Path) -> bool:
+    """Whether --ckpt-step is about --load: a run that --save is not."""
+    if load is None or not run_checkpoint.saved_iterations(Path(load)):
+        return False
+    return not Path(load).samefile(save)
+
+
+def asked_model(source: Source, named: str | None) -> ModelConfig | None:
+    """The model that --load or --init-from-config names beside a run that goes on; None where it names none.
+
+    The run goes on whatever they say, so what is not there any more is no error.
+    """
+    if named is None or source.folder is None:
+        return None
+    folder = Path(named)
+    if run_checkpoint.saved_iterations(folder):
+        iteration = run_checkpoint.latest_iteration(folder)
+        assert iteration is not None
+        folder = run_checkpoint.iteration_folder(folder, iteration) / run_checkpoint.HF_FOLDER
+    return ModelConfig.from_folder(folder) if (folder / "config.json").is_file() else None
+
+
+def check_save(checkpoint: Checkpoint) -> None:
+    """Look at --save before work is spent; makes nothing.
+
+    Raises:
+        TesselError: it is a file, cannot be written to, or holds what a run would overwrite.
+    """
+    if checkpoint.save is None:
+        return
+    save = Path(checkpoint.save)
+    require_writable(save, "--save")
+    if is_megatron_checkpoint(save):
+        raise TesselError(
+            f"--save {save} holds a Megatron checkpoint, whose {run_checkpoint.TRACKER} the run would overwrite. "
+            "Choose another folder."
+        )
+    huggingface.require_replaceable(save / EXPORT_FOLDER)
+
+
+def is_megatron_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of Megatron-LM: one iteration of it, or the folder of its run."""
+    if not folder.is_dir() or run_checkpoint.saved_iterations(folder):
+        return False
+    iterations = [folder, *folder.glob("iter_*"), folder / "release"]
+    return any((path / "common.pt").is_file() or any(path.glob("mp_rank_*")) for path in iterations)
 
 
 def _run(kind: Kind, folder: Path, wanted: int | None) -> Source:
@@ -93,8 +144,21 @@ def _no_weights(load: Path) -> str:
     looked_for = f"a run ({run_checkpoint.TRACKER} with iter_* folders) or a Hugging Face model (config.json with "
     looked_for += f"{', '.join(WEIGHT_FILES[:-1])} or {WEIGHT_FILES[-1]})"
     message = f"--load {load} holds no weights that can be read. Looked for {looked_for}."
+    if load.is_file():
+        return f"--load {load} is a file. Give the folder that holds it: {load.parent}."
+    if is_megatron_checkpoint(load):
+        return (
+            f"--load {load} is a Megatron checkpoint, which cannot be read yet. "
+            "Convert it to a Hugging Face folder with the tool of the suite that wrote it, and load that."
+        )
+    iterations = run_checkpoint.saved_iterations(load.absolute().parent)
+    if run_checkpoint.iteration_of(load.absolute()) in iterations:
+        return (
+            f"--load {load} is one checkpoint of a run. Give the run with the iteration: --load {load.parent} "
+            f"--ckpt-step {run_checkpoint.iteration_of(load.absolute())}."
+        )
     if (load / "config.json").is_file():
         return f"{message} For random weights of this config.json, use --init-from-config {load} instead of --load."
-    if (load / "hf").is_dir():
-        return f"{message} {load / 'hf'} is a folder: is it that one?"
+    if (load / EXPORT_FOLDER).is_dir():
+        return f"{message} {load / EXPORT_FOLDER} is a folder: is it that one?"
     return message

@@ -19,14 +19,18 @@ class StopRequest:
     started_s: float = field(default_factory=time.monotonic)
     signal_name: str | None = None
 
-    def reason(self, iteration: int) -> str | None:
-        """Why to stop after `iteration`; None to go on."""
+    def signalled(self) -> bool:
+        """Whether a signal has come: what can be left out now should be."""
+        return self.signal_name is not None
+
+    def reason(self, iteration: int, is_last: bool = False) -> str | None:
+        """Why to stop after `iteration`; None to go on. --exit-interval does not cut off the end of a run."""
         if self.signal_name is not None:
             return f"received {self.signal_name}"
         minutes = (time.monotonic() - self.started_s) / 60
         if self.exit_duration_in_mins is not None and minutes > self.exit_duration_in_mins:
             return f"--exit-duration-in-mins {self.exit_duration_in_mins:g} is over"
-        if self.exit_interval is not None and iteration % self.exit_interval == 0:
+        if self.exit_interval is not None and not is_last and iteration % self.exit_interval == 0:
             return f"--exit-interval {self.exit_interval}"
         return None
 

@@ -179,20 +179,30 @@ class Trainer:
         parts, iteration = self._parts, self.position.iteration
         interval = parts.cfg.evaluation.eval_interval
         if interval and iteration % interval == 0:
-            parts.evaluator.validate(iteration, self.position.consumed_samples)
+            parts.evaluator.validate(iteration, self.position.consumed_samples, self._stop.signalled)
         self._save(parts.saver.after_iteration)
-        reason = self._stop.reason(iteration)
+        reason = self._stop.reason(iteration, is_last=iteration >= parts.train_iters)
         if reason is not None:
             self._save(parts.saver.before_exit)
             log(f"exiting after iteration {iteration}: {reason}")
         return reason
 
-    def finish(self) -> None:
-        """After the last iteration: the last checkpoint, evaluation on both sets, the Hugging Face folder."""
+    def finish(self) -> str | None:
+        """After the last iteration: the last checkpoint, and evaluation on both sets.
+
+        Returns why it was cut short, or None. The run is whole then, but for what follows the iterations.
+        """
         parts, position = self._parts, self.position
-        self._save(parts.saver.before_exit)
-        parts.evaluator.final(position.iteration, position.consumed_samples)
-        parts.saver.wait()
+        with signals_stop(self._stop):
+            self._save(parts.saver.before_exit)
+            parts.evaluator.final(position.iteration, position.consumed_samples, self._stop.signalled)
+        if not self._stop.signalled():
+            return None
+        log(
+            f"exiting after iteration {position.iteration}: received {self._stop.signal_name}; the same command "
+            "evaluates and writes the Hugging Face folder"
+        )
+        return f"received {self._stop.signal_name}"
 
     def _save(self, save: Callable[[int, int], None]) -> None:
         save(self.position.iteration, self.position.consumed_samples)
