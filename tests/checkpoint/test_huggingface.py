@@ -645,3 +645,21 @@ def test_a_folder_of_something_else_is_not_replaced(tiny_hf_folder: MakeFolder, 
         with pytest.raises(TesselError, match="is no Hugging Face folder, so it is not replaced"):
             huggingface.export(parameters(model), model.config, target, torch.float32)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_run_that_goes_on_keeps_its_tokenizer_when_old_checkpoints_go(
+    tiny_hf_folder: MakeFolder, tiny_tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    from tessel.cli import main
+    from tests.train.runs import NULL_TOKENIZER, loading, write_data
+
+    folder = tiny_hf_folder("qwen2", tokenizer=tiny_tokenizer_folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [305, 4]}')
+    save = tmp_path / "save"
+    arguments = loading(folder, write_data(tmp_path / "data"), save, 6, "--save-interval", "2", "--keep-last-k", "1")
+    arguments = [argument for argument in arguments if argument not in NULL_TOKENIZER]
+    assert main([*arguments, "--exit-interval", "2"]) == 0
+    assert main(arguments) == 0
+    assert [path.name for path in save.glob("iter_*")] == ["iter_0000006"]
+    assert (save / "hf" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert json.loads((save / "hf" / "generation_config.json").read_text()) == {"eos_token_id": [305, 4]}
