@@ -217,7 +217,7 @@ class _Run:
         valid, test = (None if split is None else self._loader(split) for split in self._splits[1:])
         evaluator = Evaluator(self._cfg, self._learner, valid, test, sinks, self._device)
         interval = self._cfg.evaluation.eval_interval
-        if interval and self._source.kind is Kind.RESUME:
+        if interval and position.iteration:
             evaluator.resume(position.iteration // interval)
         return evaluator
 

@@ -165,6 +165,19 @@ def test_load_of_another_run_goes_on_or_finetunes(data: Path, tmp_path: Path) ->
     assert [row["iteration"] for row in metrics(tmp_path / "third")] == [1, 2, 3]
 
 
+def test_evaluations_of_a_run_that_is_loaded_go_on_where_they_ended(data: Path, tmp_path: Path) -> None:
+    whole, part, rest = tmp_path / "whole", tmp_path / "part", tmp_path / "rest"
+    often = ["--eval-interval", "2", "--split", "50,40,10"]
+    run(flags(data, whole, 8, *often))
+    run(flags(data, part, 8, *often, "--exit-interval", "4"))
+    run(loading(part, data, rest, 8, *often))
+    expected = {row["iteration"]: row["lm_loss_validation"] for row in metrics(whole, "validation")}
+    assert len(set(expected.values())) == 4
+    assert {row["iteration"]: row["lm_loss_validation"] for row in metrics(rest, "validation")} == {
+        iteration: loss for iteration, loss in expected.items() if iteration > 4
+    }
+
+
 def test_contradicting_data_is_listed_and_override_insists(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
