@@ -104,8 +104,8 @@ def _load_weights(
     except RuntimeError as error:  # torch has no narrower one for memory of the CPU
         size_gib = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**30
         raise TesselError(
-            f"The weights alone take {size_gib:,.1f} GiB in fp32, which {device} cannot give "
-            f"({str(error).splitlines()[0]}). Take a smaller model or a larger machine."
+            f"The weights alone take {size_gib:,.1f} GiB in fp32, more than {device} has free. "
+            "Take a smaller model or a larger machine."
         ) from error
     if source.kind is Kind.RANDOM:
         initialize_(model, model_config, std=cfg.model.init_method_std, seed=cfg.precision.seed)

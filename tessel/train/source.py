@@ -143,7 +143,7 @@ def _run(kind: Kind, folder: Path, wanted: int | None) -> Source:
 def _no_weights(load: Path) -> str:
     looked_for = f"a run ({run_checkpoint.TRACKER} with iter_* folders) or a Hugging Face model (config.json with "
     looked_for += f"{', '.join(WEIGHT_FILES[:-1])} or {WEIGHT_FILES[-1]})"
-    message = f"--load {load} holds no weights that can be read. Looked for {looked_for}."
+    message = f"--load {load} holds no weights that can be read: looked for {looked_for}."
     if load.is_file():
         return f"--load {load} is a file. Give the folder that holds it: {load.parent}."
     if is_megatron_checkpoint(load):
