@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,11 @@ from typing import Any
 
 from tessel.config.verbs import DemoConfig
 from tessel.errors import TesselError, UsageError
-from tessel.runtime.files import atomic_folder, atomic_write, require_path
+from tessel.runtime.files import atomic_write, require_path
 from tessel.runtime.log import log
 
 SETTINGS_FILE = "demo.json"
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1024
 END_OF_TEXT = "<|endoftext|>"
 SEQ_LENGTH = 128
 BATCH_SIZE = 16
@@ -44,7 +45,8 @@ MODEL_CONFIG: Mapping[str, Any] = {
     "rope_theta": 1000000.0,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
-    "initializer_range": 0.02,
+    # Wider than large models have it: at this width 0.02 would make them learn slowly at first.
+    "initializer_range": 0.07,
     "attention_dropout": 0.0,
     "use_sliding_window": False,
     "tie_word_embeddings": True,
@@ -63,9 +65,9 @@ def demo(cfg: DemoConfig) -> None:
     """
     started_s = time.monotonic()
     folder = Path(cfg.output)
-    goes_on = _claim(folder, cfg)
     model, data, run = folder / "model", folder / "data", folder / "run"
     text = require_path(cfg.data, "--data") if cfg.data is not None else data / "topics.jsonl"
+    goes_on = _claim(folder, cfg)
     if cfg.data is None and not text.exists():
         _write_topics(text)
     _say(f"The text: {text}, {text.stat().st_size / 1e3:,.0f} kB" + _origin(cfg))
@@ -148,18 +150,19 @@ def _documents(path: Path) -> Iterator[str]:
 def _write_model(folder: Path, text: Path, seed: int) -> None:
     """A folder as one would download: tokenizer, config.json, weights. The weights are random."""
     from tessel.checkpoint.huggingface import export
+    from tessel.checkpoint.metadata import read_side_files
     from tessel.model.config import ModelConfig
     from tessel.model.init import initialize_
     from tessel.model.transformer import Transformer
 
-    with atomic_folder(folder.with_name("tokenizer")) as temporary:
-        vocab_size, end_of_text = _write_tokenizer(temporary, text)
+    with tempfile.TemporaryDirectory() as temporary:
+        vocab_size, end_of_text = _write_tokenizer(Path(temporary), text)
+        tokenizer_files = read_side_files(Path(temporary))
     raw = dict(MODEL_CONFIG, vocab_size=vocab_size, bos_token_id=end_of_text, eos_token_id=end_of_text)
     config = ModelConfig.from_hf(raw)
     model = Transformer(config)
-    initialize_(model, config, std=0.02, seed=seed)
-    dtype = next(model.parameters()).dtype
-    export(model.named_parameters(), config, folder, dtype, tokenizer_source=folder.with_name("tokenizer"))
+    initialize_(model, config, MODEL_CONFIG["initializer_range"], seed)
+    export(model.named_parameters(), config, folder, next(model.parameters()).dtype, tokenizer_files)
 
 
 def _write_tokenizer(folder: Path, text: Path) -> tuple[int, int]:
@@ -185,7 +188,9 @@ def _write_tokenizer(folder: Path, text: Path) -> tuple[int, int]:
         model_max_length=MODEL_CONFIG["max_position_embeddings"],
     )
     whole.save_pretrained(folder)
-    return len(whole), whole.convert_tokens_to_ids(END_OF_TEXT)
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    assert end_of_text is not None, "it is among the special tokens"
+    return len(whole), end_of_text
 
 
 def _limited(documents: Iterator[str], num_characters: int) -> Iterator[str]:
@@ -213,8 +218,8 @@ def _pretrain_flags(cfg: DemoConfig, model: Path, dataset: Path, run: Path) -> l
         "micro-batch-size": BATCH_SIZE,
         "global-batch-size": BATCH_SIZE,
         "train-iters": cfg.train_iters,
-        "lr": 4e-3,
-        "min-lr": 4e-4,
+        "lr": 6e-3,
+        "min-lr": 6e-4,
         "lr-decay-style": "cosine",
         "lr-warmup-iters": max(1, cfg.train_iters // 20),
         "weight-decay": 0.1,
