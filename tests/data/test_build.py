@@ -59,7 +59,11 @@ def test_numbers_of_samples() -> None:
         None,
         24,
     )
-    assert num_samples_for(RunConfig(batch=Batch(micro_batch_size=4), evaluation=Evaluation(eval_iters=100)), 2) == (8, 400, 400)
+    assert num_samples_for(RunConfig(batch=Batch(micro_batch_size=4), evaluation=Evaluation(eval_iters=100)), 2) == (
+        8,
+        400,
+        400,
+    )
 
 
 def test_default_split_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
