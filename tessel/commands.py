@@ -30,8 +30,10 @@ def pretrain(argv: list[str]) -> None:
         derived = mark_changes(parsed.value, cfg, parsed.provenance, "derived")
         print(format_config(*_with_model(cfg, parsed.given, derived)))
         return
+    from tessel.runtime.versions import check_versions
     from tessel.train import pretrain as target
 
+    check_versions()
     target.pretrain(cfg, parsed.given)
 
 
@@ -65,7 +67,9 @@ def generate(argv: list[str]) -> None:
     if cfg is None:
         return
     from tessel.generate import command as target
+    from tessel.runtime.versions import check_versions
 
+    check_versions()
     target.generate(cfg)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tessel.cli import main
 from tessel.runtime import log as logs
+from tessel.runtime import versions
 from tessel.runtime.versions import check_versions, untested
 
 
@@ -48,3 +50,17 @@ def test_versions_outside_what_was_tested_are_named(python: tuple[int, int], tor
 def test_this_environment_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
     check_versions()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "generate"])
+def test_verbs_that_use_torch_warn_of_its_version(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions.metadata, "version", lambda package: "2.10.0")
+    logs.warn_once.cache_clear()
+    flags = {
+        "pretrain": "--data-path nowhere --seq-length 8 --train-iters 1 --lr 1e-3",
+        "generate": "--prompt x",
+    }
+    assert main([verb, "--load", "/nowhere", *flags[verb].split()]) == 1
+    assert "warning: torch 2.10 is not a version that tessel was tested with" in capsys.readouterr().err
