@@ -11,6 +11,7 @@ sequences before document d. Format: Megatron-LM's core/datasets/indexed_dataset
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -267,14 +268,17 @@ class IndexedDatasetWriter:
 
     def discard(self) -> None:
         """Remove what was written; no file of the dataset's name is touched."""
-        self._bin.close()
+        with contextlib.suppress(OSError):  # of a full disk, in writing out what is still held
+            self._bin.close()
         Path(self._bin.name).unlink(missing_ok=True)
 
     def finalize(self) -> None:
         """Sync and rename .bin, then .idx: a reader finds the pair whole, or no .idx."""
         index_path = Path(f"{self.prefix}.idx")
         try:
-            with disk_errors(self.prefix):
+            # Both are on the disk before either is renamed: when it is full, an old pair stays.
+            with disk_errors(self.prefix), atomic_write(index_path) as temporary:
+                self._write_index(temporary)
                 self._bin.flush()
                 os.fsync(self._bin.fileno())
                 umask = os.umask(0)
@@ -284,8 +288,6 @@ class IndexedDatasetWriter:
                 # An old index beside the new tokens would be read as a pair.
                 index_path.unlink(missing_ok=True)
                 os.replace(self._bin.name, f"{self.prefix}.bin")
-            with atomic_write(index_path) as temporary:
-                self._write_index(temporary)
         finally:
             self.discard()
 
@@ -299,3 +301,5 @@ class IndexedDatasetWriter:
             file.write(MAGIC + header)
             for values, dtype in ((lengths, "<i4"), (pointers, "<i8"), (np.array(self._documents), "<i8")):
                 file.write(values.astype(dtype, copy=False).tobytes())
+            file.flush()
+            os.fsync(file.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ _FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # A file where a folder is needed or the other way round, no permission, a read-only disk.
 _NO_PLACE_ERRNOS = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL_DISK_TEXTS = ("No space left on device", "Disk quota exceeded")
+# What torch.save and numpy say of a write that came out short, with no error number.
+_SHORT_WRITE = re.compile(r"inline_container.*unexpected pos \d+ vs \d+|\d+ requested and \d+ written")
 
 
 def _fsync(path: Path) -> None:
@@ -142,7 +145,7 @@ def is_disk_full(error: BaseException) -> bool:
         seen.add(id(link))
         if isinstance(link, OSError) and link.errno in _FULL_DISK_ERRNOS:
             return True
-        if any(text in str(link) for text in _FULL_DISK_TEXTS):
+        if any(text in str(link) for text in _FULL_DISK_TEXTS) or _SHORT_WRITE.search(str(link)):
             return True
         link = link.__cause__ or link.__context__
     return False

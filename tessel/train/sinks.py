@@ -79,10 +79,11 @@ class MetricsFile:
 
     def close(self) -> None:
         """Sync to the disk and close."""
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        with disk_errors(self._path), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
 
 
 def _key(tag: str) -> str:
