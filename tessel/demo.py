@@ -21,7 +21,7 @@ from typing import Any
 
 from tessel.config.verbs import DemoConfig
 from tessel.errors import TesselError, UsageError
-from tessel.runtime.files import atomic_write, require_path
+from tessel.runtime.files import atomic_write, require_path, require_writable
 from tessel.runtime.log import log
 
 SETTINGS_FILE = "demo.json"
@@ -64,9 +64,10 @@ def demo(cfg: DemoConfig) -> None:
         TesselError: the text cannot be used, or one of the commands failed.
     """
     started_s = time.monotonic()
+    _check(cfg)
     folder = Path(cfg.output)
     model, data, run = folder / "model", folder / "data", folder / "run"
-    text = require_path(cfg.data, "--data") if cfg.data is not None else data / "topics.jsonl"
+    text = Path(cfg.data) if cfg.data is not None else data / "topics.jsonl"
     goes_on = _claim(folder, cfg)
     if cfg.data is None and not text.exists():
         _write_topics(text)
@@ -90,6 +91,20 @@ def demo(cfg: DemoConfig) -> None:
     _say("What the trained model makes of a few beginnings:")
     _tessel("generate", _generate_flags(cfg, text, run / "hf"))
     _summary(cfg, run, picture, time.monotonic() - started_s)
+
+
+def _check(cfg: DemoConfig) -> None:
+    """What can be wrong from the start, before anything is written."""
+    from tessel.data.readers import TEXT_KEY, check_inputs
+    from tessel.runtime import device
+
+    if cfg.train_iters < 1:
+        raise UsageError(f"--train-iters is {cfg.train_iters}: it must be at least 1. Raise it, or leave it out.")
+    if cfg.data is not None:
+        check_inputs([require_path(cfg.data, "--data")], [TEXT_KEY])
+    if not Path(cfg.output).is_file():  # of which `_claim` says more
+        require_writable(cfg.output, "--output")
+    device.resolve(cfg.device)
 
 
 def _say(text: str) -> None:

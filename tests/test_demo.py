@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,22 @@ def test_data_that_is_not_there_is_an_error_that_leaves_nothing(tmp_path: Path) 
     with pytest.raises(TesselError, match="--data: .*nowhere.txt does not exist"):
         module.demo(DemoConfig(data=str(tmp_path / "nowhere.txt"), output=str(tmp_path / "demo")))
     assert not (tmp_path / "demo").exists()
+
+
+def test_what_can_be_seen_at_once_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "text.pdf").write_text("%PDF")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"data": str(tmp_path / "empty.txt")}, "empty.txt is empty"),
+        ({"data": str(tmp_path / "text.pdf")}, "pdf is not read"),
+        ({"data": str(tmp_path)}, "is a folder"),
+        ({"train_iters": 0}, "--train-iters is 0"),
+        ({"output": str(tmp_path / "text.pdf" / "demo")}, "--output .* lies below .*text.pdf, which is a file"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(TesselError, match=message):
+            module.demo(DemoConfig(**{"output": str(tmp_path / "demo")} | changes))
+        assert not (tmp_path / "demo").exists()
 
 
 def test_commands_can_be_copied() -> None:

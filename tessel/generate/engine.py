@@ -107,7 +107,12 @@ def stop_ids(folder: Path, config: ModelConfig) -> frozenset[int]:
         found = config.raw.get("eos_token_id")
     if found is None:
         return frozenset()
-    return frozenset(int(token) for token in (found if isinstance(found, list) else [found]))
+    tokens = found if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in tokens):
+        raise TesselError(
+            f"eos_token_id in {folder} is {found!r}: it must be a number or a list of them. Mend the file."
+        )
+    return frozenset(tokens)
 
 
 def generate_tokens(

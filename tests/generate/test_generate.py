@@ -293,6 +293,9 @@ def test_stop_ids(tiny_hf_folder: MakeFolder) -> None:
         (folder / "generation_config.json").write_text(damaged)
         with pytest.raises(TesselError, match=r"generation_config\.json: not a JSON object"):
             stop_ids(folder, config)
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(TesselError, match="eos_token_id in .* is 'x': it must be a number"):
+        stop_ids(folder, config)
 
 
 def test_a_run_stands_for_the_folder_it_wrote(tiny_hf_folder: MakeFolder, tmp_path: Path) -> None:
