@@ -36,6 +36,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 STATE_FILE = "run.json"
 RNG_FILE = "rng.pt"
 HF_FOLDER = "huggingface"
+# The trained model, ready for `from_pretrained`, beside the checkpoints.
+EXPORT_FOLDER = "hf"
 STATE_KEYS = ("iteration", "consumed_train_samples", "scheduler", "scaler", "identity")
 # What torch.load and DCP raise for a file that is missing, cut short or something else.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError)

@@ -20,7 +20,6 @@ from tessel.model.kernels import Kernels, choose
 from tessel.model.transformer import Transformer
 from tessel.runtime.files import require_path
 
-EXPORT_FOLDER = "hf"
 # More would be allocated in vain where a text ends early; the cache doubles when it is full.
 _FIRST_CAPACITY_TOKENS = 256
 
@@ -46,9 +45,11 @@ def find_model(path: str | Path) -> ModelSource:
     path = require_path(path, "--load")
     if (path / "config.json").is_file():
         return ModelSource(path)
-    exports = sorted(folder for folder in path.glob(f"{EXPORT_FOLDER}_*") if (folder / "config.json").is_file())
-    if (path / EXPORT_FOLDER / "config.json").is_file():
-        exports.append(path / EXPORT_FOLDER)
+    exports = sorted(
+        folder for folder in path.glob(f"{run_checkpoint.EXPORT_FOLDER}_*") if (folder / "config.json").is_file()
+    )
+    if (path / run_checkpoint.EXPORT_FOLDER / "config.json").is_file():
+        exports.append(path / run_checkpoint.EXPORT_FOLDER)
     if exports:
         return ModelSource(exports[-1])
     iteration = run_checkpoint.latest_iteration(path)
@@ -58,7 +59,7 @@ def find_model(path: str | Path) -> ModelSource:
         )
     raise TesselError(
         f"--load {path} is neither a Hugging Face folder (config.json) nor the folder of a run "
-        f"({EXPORT_FOLDER}/, or {run_checkpoint.TRACKER} with iter_* folders)."
+        f"({run_checkpoint.EXPORT_FOLDER}/, or {run_checkpoint.TRACKER} with iter_* folders)."
     )
 
 

@@ -31,7 +31,7 @@ from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler, build_schedules
 from tessel.train.setup import Learner, build_learner, compute_dtype, largest_gradient, model_config_of
 from tessel.train.sinks import build_sinks, check_packages
-from tessel.train.source import EXPORT_FOLDER, Kind, Source, asked_model, check_save, find_source
+from tessel.train.source import Kind, Source, asked_model, check_save, find_source
 from tessel.train.step import TrainStep
 from tessel.train.trainer import Parts, Position, Trainer, metrics_path
 
@@ -176,7 +176,7 @@ class _Run:
             if reason is None:
                 reason = trainer.finish()
         if cfg.checkpoint.save and reason is None and not cfg.batch.skip_train:
-            saver.export(Path(cfg.checkpoint.save) / EXPORT_FOLDER)
+            saver.export(Path(cfg.checkpoint.save) / run_checkpoint.EXPORT_FOLDER)
 
     def _parts(
         self, batch_size: BatchSize, train_iters: int, evaluator: Evaluator, saver: RunSaver, sinks: list[Any]

@@ -8,18 +8,12 @@ from pathlib import Path
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.training import EXPORT_FOLDER
+from tessel.checkpoint.weights import WEIGHT_FILES
 from tessel.config.run import Checkpoint, ModelShape
 from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
 from tessel.runtime.files import require_path, require_writable
-
-EXPORT_FOLDER = "hf"
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 class Kind(Enum):
