@@ -121,6 +121,6 @@ class DemoConfig:
 
     data: str | None = option(None, "your own text, instead of the Python language reference", metavar="FILE")
     output: str = option("tessel-demo", "folder to write to", metavar="DIR")
-    train_iters: int = option(300, "optimizer steps")
+    train_iters: int = option(240, "optimizer steps")
     device: str = option("auto", "where to run", choices=DEVICES)
     seed: int = option(1234, "seed of data order and initial weights")

@@ -111,10 +111,13 @@ def _positions(rows: list[dict[str, Any]], x_axis: str) -> Callable[[dict[str, A
 
 
 def smoothed(values: Sequence[float], num_points: int) -> list[float]:
-    """At each place the mean of the last `num_points` values, or of as many as there are."""
+    """The mean of about `num_points` values around each, of as many on either side, so that nothing lags."""
     sums = [0.0, *accumulate(values)]
-    starts = [max(0, end - num_points) for end in range(1, len(sums))]
-    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, 1)]
+    means = []
+    for index in range(len(values)):
+        reach = min(num_points // 2, index, len(values) - 1 - index)
+        means.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    return means
 
 
 def _draw(panels: dict[str, list[Curve]], cfg: PlotConfig) -> None:

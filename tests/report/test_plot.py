@@ -42,9 +42,11 @@ def test_points_of_a_curve(tmp_path: Path, axis: str, x: list[float], evaluated_
     assert curve == plot.Curve("run", x, [4.0, 3.0, 2.0], evaluated_x, [3.5, 2.5])
 
 
-def test_smoothing_is_a_trailing_mean() -> None:
-    assert plot.smoothed([1.0, 2.0, 3.0, 8.0], 2) == [1.0, 1.5, 2.5, 5.5]
+def test_smoothing_is_a_mean_of_both_sides() -> None:
+    assert plot.smoothed([1.0, 2.0, 6.0, 7.0, 8.0], 3) == [1.0, 3.0, 5.0, 7.0, 8.0]
     assert plot.smoothed([1.0, 2.0], 1) == [1.0, 2.0]
+    straight = [float(value) for value in range(9)]
+    assert plot.smoothed(straight, 5) == straight
 
 
 def test_labels_are_as_short_as_tells_runs_apart(tmp_path: Path) -> None:
