@@ -214,6 +214,9 @@ def make_run(folder: Path) -> Path:
     state = {
         "iteration": 20,
         "consumed_train_samples": 4160,
+        "scheduler": {},
+        "scaler": {},
+        "identity": {},
         "config": {
             "batch": {"seq_length": 256, "train_iters": 30},
             "optimizer": {"lr": 0.001},
