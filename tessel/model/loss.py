@@ -136,8 +136,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        # With two terms, the same upstream gradient reaches both: only their sum is a loss.
-        upstream = grads[0].reshape(-1)[0]
+        terms = grads[0].reshape(-1)
+        if terms.numel() == 2 and bool(terms[0] != terms[1]):
+            raise RuntimeError("the z-loss and the loss have one gradient: minimise their sum, not one of them.")
+        upstream = terms[0]
         gradients = [ctx.hidden_grad_ND, ctx.weight_grad_VD]
         if all(gradient is None for gradient in gradients):
             raise RuntimeError("backward through the chunked loss works once; run forward again.")

@@ -225,3 +225,9 @@ def test_the_model_never_holds_the_logits(pair: Any) -> None:
     assert tracker.peak_bytes < logits_bytes
     biggest = max(nn.utils.parameters_to_vector(ours.parameters()).nbytes, 1)
     assert tracker.peak_bytes > biggest / 2
+
+
+def test_one_of_the_two_terms_alone_has_no_gradient_of_its_own() -> None:
+    loss = chunked_linear_cross_entropy(*make_inputs(20, 31, 12), z_loss_coeff=1e-2)
+    with pytest.raises(RuntimeError, match="minimise their sum"):
+        loss[0].backward()
