@@ -244,7 +244,7 @@ class _Run:
             return Position()
         assert source.folder is not None and source.iteration is not None
         if self._restores_optimizer:
-            self._load_optimizer(source.folder, source.iteration)
+            run_checkpoint.load_tensors(source.folder, source.iteration, self._learner.optimizer_tensors())
             self._scheduler.load_state_dict(state["scheduler"])
             if self._learner.scaler is not None and state["scaler"]:
                 self._learner.scaler.load_state_dict(state["scaler"])
@@ -252,14 +252,6 @@ class _Run:
         if rng is not None:
             random_state.set_state(rng, self._device)
         return Position(state["iteration"], state["consumed_train_samples"])
-
-    def _load_optimizer(self, folder: Path, iteration: int) -> None:
-        tensors = {
-            name: tensor
-            for name, tensor in self._learner.tensors(with_optimizer=True).items()
-            if name.startswith("optimizer.")
-        }
-        run_checkpoint.load_tensors(folder, iteration, tensors)
 
     def _check_restored_order(self, position: Position) -> None:
         """A longer run over the same data may need another epoch, which changes the order of all samples."""

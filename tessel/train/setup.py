@@ -52,9 +52,11 @@ class Learner:
     def tensors(self, with_optimizer: bool) -> dict[str, Tensor]:
         """What a checkpoint of the run holds, not copies."""
         tensors = {f"model.{name}": tensor for name, tensor in self.weights().items()}
-        if with_optimizer:
-            tensors |= {f"optimizer.{name}": tensor for name, tensor in state_by_name(self.optimizer).items()}
-        return tensors
+        return tensors | self.optimizer_tensors() if with_optimizer else tensors
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's part of `tensors`: loading into it in place is loading the optimizer."""
+        return {f"optimizer.{name}": tensor for name, tensor in state_by_name(self.optimizer).items()}
 
 
 def build_learner(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from tessel.checkpoint import training as run_checkpoint
 from tessel.config.run import RunConfig
 from tessel.data.loader import Loader, MicroBatch
 from tessel.errors import TesselError
@@ -225,8 +224,3 @@ def _garbage_collection(manual: bool) -> Iterator[None]:
 def metrics_path(save: str | None) -> Path | None:
     """Where the run's JSONL lies."""
     return Path(save) / "metrics.jsonl" if save else None
-
-
-def checkpoint_of(folder: Path, iteration: int) -> Path:
-    """The folder that a message names for an iteration."""
-    return run_checkpoint.iteration_folder(folder, iteration)

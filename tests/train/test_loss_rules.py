@@ -12,34 +12,13 @@ from torch import Tensor, nn
 
 from tessel.config.run import Optimizer
 from tessel.data.loader import MicroBatch
-from tessel.model.config import ModelConfig
-from tessel.model.init import initialize_
-from tessel.model.transformer import Transformer
 from tessel.train.optimizer import build_optimizer, parameter_groups
 from tessel.train.step import TrainStep, evaluation_sums
+from tests.train.tiny import CONFIG, VOCAB_SIZE, build_model
 
-VOCAB_SIZE = 50
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "qwen2",
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
-)
 LR, WEIGHT_DECAY, CLIP = 1e-2, 0.1, 0.5
 # Loss-bearing tokens in each sequence of 16: the rules differ, and one micro-batch has none at all.
 NUM_BEARING = ((16, 16), (3, 0), (0, 0), (16, 5))
-
-
-def build_model() -> Transformer:
-    model = Transformer(CONFIG)
-    initialize_(model, CONFIG, std=0.2, seed=1)
-    return model
 
 
 def micro_batches() -> list[MicroBatch]:

@@ -10,31 +10,11 @@ from torch import Tensor
 
 from tessel.config.run import Optimizer
 from tessel.data.loader import MicroBatch
-from tessel.model.config import ModelConfig
-from tessel.model.init import initialize_
 from tessel.model.transformer import Transformer
 from tessel.train.optimizer import build_optimizer, parameter_groups
 from tessel.train.scaler import ConstantScaler, DynamicScaler
 from tessel.train.step import TrainStep, evaluation_sums
-
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "qwen2",
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
-)
-
-
-def build_model() -> Transformer:
-    model = Transformer(CONFIG)
-    initialize_(model, CONFIG, std=0.2, seed=1)
-    return model
+from tests.train.tiny import CONFIG, build_model
 
 
 def build_step(model: Transformer, **options: object) -> TrainStep:
