@@ -92,22 +92,22 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("always so", (
         "--attention-softmax-in-fp32 --apply-query-key-layer-scaling "
         "--exit-signal-handler --use-checkpoint-args --use-cpu-initialization --no-initialization --use-dist-ckpt "
-        "--dist-ckpt-format=1 --auto-detect-ckpt-format --no-one-logger --no-shared-storage "
+        "--dist-ckpt-format=1 --auto-detect-ckpt-format --no-one-logger "
         "--no-position-embedding --no-use-tokenizer-model-from-checkpoint-args "
         "--disable-symmetric-registration --keep-sequential-samples --use-kv-cache"
     )),
     **_accepted("one process", (
-        "--distributed-backend=1 --distributed-timeout-minutes=1 --disable-gloo-group --disable-gloo-process-groups "
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --sequence-parallel "
+        "--distributed-backend=1 --disable-gloo-group --disable-gloo-process-groups "
+        ""
         "--overlap-param-gather-with-optimizer-step --no-align-grad-reduce --no-align-param-gather "
         "--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --ddp-num-buckets=1 "
         "--ddp-bucket-size=1 --ddp-average-in-collective --ddp-pad-buckets-for-high-nccl-busbw "
         "--no-async-tensor-model-parallel-allreduce --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
         "--local-rank=1 --lazy-mpu-init=1 --use-custom-fsdp --use-megatron-fsdp --use-torch-fsdp2 "
-        "--data-parallel-sharding-strategy=1 --outer-dp-sharding-strategy=1 --no-gradient-reduce-div-fusion "
-        "--suggested-communication-unit-size=1 --num-distributed-optimizer-instances=1 --cp-comm-type=* "
-        "--context-parallel-algo=1 --use-cp-send-recv-overlap --nccl-communicator-config-path=1 "
-        "--use-tp-pp-dp-mapping --tp-comm-overlap --tp-comm-overlap-cfg=1 --disable-tp-comm-overlap-ag "
+        "--outer-dp-sharding-strategy=1 --no-gradient-reduce-div-fusion "
+        "--suggested-communication-unit-size=1 "
+        "--use-cp-send-recv-overlap --nccl-communicator-config-path=1 "
+        "--use-tp-pp-dp-mapping --tp-comm-overlap-cfg=1 --disable-tp-comm-overlap-ag "
         "--disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad --disable-tp-comm-bulk-dgrad "
         "--disable-tp-comm-bulk-wgrad --tp-comm-bootstrap-backend=1 --disable-tp-comm-split-ag "
         "--disable-tp-comm-split-rs --pipeline-model-parallel-comm-backend=1 --data-parallel-random-init "
@@ -139,7 +139,6 @@ ACCEPTED: dict[str, Accepted] = {
         "--enable-hf2mg-convert --enable-mg2hf-convert"
     )),
     "--attention-mask-type": Accepted(1, "always so", only=("causal",)),
-    "--expert-tensor-parallel-size": Accepted(1, "one process", only=("1",)),
     "--encoder-tensor-model-parallel-size": Accepted(1, "one process", only=("0", "1")),
     "--encoder-pipeline-model-parallel-size": Accepted(1, "one process", only=("0",)),
     "--partitions": Accepted(1, "one process", only=("1",)),
@@ -176,18 +175,15 @@ INSTEAD: dict[str, str] = {
 }
 
 LATER: dict[str, str] = {
-    **_later("a run of several processes", (
-        "--nproc-per-node --nnodes --node-rank --master-addr --master-port"
-    )),
     **_later("pipelines over several processes", (
-        "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank --num-layer-list "
-        "--noop-layers --pipeline-model-parallel-split-rank "
+        ""
+        "--pipeline-model-parallel-split-rank "
         "--microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-layout "
-        "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
+        ""
         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --schedules-method"
     )),
     **_later("context parallelism", (
-        "--ulysses-degree-in-cp --hierarchical-context-parallel-sizes"
+        "--hierarchical-context-parallel-sizes"
     )),
     **_later("two-dimensional tensor parallelism", (
         "--tp-2d --tp-x --tp-y"
@@ -204,7 +200,7 @@ LATER: dict[str, str] = {
     )),
     **_later("precisions beyond --bf16, --fp16 and --fp32", (
         "--reuse-fp32-param --o2-optimizer --o2-gradient --use-precision-aware-optimizer --main-grads-dtype "
-        "--main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --grad-reduce-in-bf16 --fp16-lm-cross-entropy "
+        "--main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --fp16-lm-cross-entropy "
         "--fp32-residual-connection --disable-bf16-reduced-precision-matmul --first-last-layers-bf16 "
         "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
     )),

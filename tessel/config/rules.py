@@ -8,7 +8,6 @@ Megatron would ignore a value that contradicts another, an error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 from tessel.config.run import RunConfig
 from tessel.config.schema import flag_of, options, read
@@ -38,12 +37,6 @@ NOT_NEGATIVE = _names(
     "manual_gc_interval init_method_std seed mid_level_dataset_surplus ckpt_step loss_scale eod_id"
 )
 BELOW_ONE = _names("attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction")
-PARALLEL_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-)
 
 
 def check_ranges(cfg: RunConfig) -> None:
@@ -60,17 +53,6 @@ def check_ranges(cfg: RunConfig) -> None:
             raise UsageError(f"{o.flag} is {value}: it must not be negative. Give 0 or more.")
         if o.name in BELOW_ONE and not 0 <= value < 1:
             raise UsageError(f"{o.flag} is {value}: it must be at least 0 and below 1.")
-
-
-def check_processes(cfg: RunConfig) -> None:
-    """One process holds the whole model."""
-    sizes = asdict(cfg.runtime)
-    for name in PARALLEL_SIZES:
-        if sizes[name] != 1:
-            raise UsageError(
-                f"{flag_of(name)} is {sizes[name]}: this version of tessel runs in one process, so it must be 1. "
-                "Set it to 1, or leave it out."
-            )
 
 
 def check_data(cfg: RunConfig) -> None:
@@ -299,7 +281,6 @@ def check_checkpoint(cfg: RunConfig) -> None:
 SAMPLE_RULES: tuple[Rule, ...] = (check_ranges, check_tokenizer, check_data, check_batch)
 RULES: tuple[Rule, ...] = (
     check_ranges,
-    check_processes,
     check_model,
     check_tokenizer,
     check_data,

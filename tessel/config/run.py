@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tessel.config.field import option
+from tessel.config.layout import Launch, Layout
 
 
 @dataclass(frozen=True)
@@ -284,13 +285,9 @@ class Logging:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device and layout."""
+    """Device."""
 
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "npu"))
-    tensor_model_parallel_size: int = option(1, "processes that share each layer")
-    pipeline_model_parallel_size: int = option(1, "processes that share the layers")
-    context_parallel_size: int = option(1, "processes that share each sequence")
-    expert_model_parallel_size: int = option(1, "processes that share the experts")
 
 
 @dataclass(frozen=True)
@@ -308,6 +305,8 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
+    layout: Layout = field(default_factory=Layout)
+    launch: Launch = field(default_factory=Launch)
     runtime: Runtime = field(default_factory=Runtime)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

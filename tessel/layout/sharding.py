@@ -3,7 +3,7 @@
 Everything that depends on a parameter's kind is written down in `rules` and nowhere else: the
 tensor-parallel modules, the loader that reads only its slice of a file, the distributed checkpoint,
 the optimizer's groups, the gradient norm and the initialisation read it. Reading the body of
-`rules` answers "how is this model sharded"; the rest of the file is the arithmetic.
+`rules` answers "how is this model sharded"; the arithmetic on it is in `tiles.py`.
 
 Names are those of the Hugging Face checkpoint; `*` stands for a layer's number. Shapes are those
 of the whole, uncut and unpadded parameter, [output features, input features] for a matrix.
@@ -11,11 +11,10 @@ of the whole, uncut and unpadded parameter, [output features, input features] fo
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from tessel.errors import TesselError, UsageError
+from tessel.errors import TesselError
 
 # How tensor parallelism (tp) cuts a parameter.
 #   replicated  every rank holds the whole
@@ -71,7 +70,8 @@ class ParamRule:
 
     `blocks`: along the cut dim, the number of equal pieces that stay whole (heads, features, or
     vocabulary rows); 1 where nothing is cut. `copies_when_short`: more ranks than blocks is allowed,
-    and neighbouring ranks then hold the same block.
+    and neighbouring ranks then hold the same block. `is_expert`: dim 0 is the expert, which expert
+    parallelism cuts, and the other cut is expert-tensor-parallel.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +82,7 @@ class ParamRule:
     copies_when_short: bool = False
     partial_axes: tuple[PartialAxis, ...] = ()
     is_embedding_or_output: bool = False
+    is_expert: bool = False
 
     @property
     def weight_decay(self) -> bool:
@@ -177,56 +178,3 @@ def rule_of(name: str, config: DecoderShape) -> ParamRule:
             f"family has {', '.join(table)}."
         )
     return rule
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What one rank holds of a parameter: `start:stop` along `dim` of the whole, then `padding` rows of zeros.
-
-    `dim` is None for the whole parameter. `copies` ranks in a row hold this same slice.
-    """
-
-    dim: int | None
-    start: int
-    stop: int
-    padding: int = 0
-    copies: int = 1
-
-    def index(self, num_dims: int) -> tuple[slice, ...]:
-        """The slice as an index into the whole parameter, for numpy, torch or a safetensors slice."""
-        return tuple(slice(self.start, self.stop) if dim == self.dim else slice(None) for dim in range(num_dims))
-
-
-def slice_of(rule: ParamRule, shape: tuple[int, ...], degree: int, rank: int) -> Slice:
-    """Which part of a parameter of the whole, unpadded `shape` belongs to `rank` of `degree` tensor-parallel ranks.
-
-    A vocabulary is padded to a multiple of the degree, so that every rank has as many rows; a rank
-    past the last real row has an empty slice and padding alone. Other cuts fall between blocks.
-
-    Raises:
-        UsageError: the blocks cannot be dealt out evenly.
-    """
-    if not 0 <= rank < degree:
-        raise UsageError(f"tensor-parallel rank {rank} is not in 0..{degree - 1}.")
-    if rule.split == "replicated" or rule.dim is None:
-        return Slice(None, 0, shape[0] if shape else 1, copies=degree)
-    size = shape[rule.dim]
-    if rule.split == "vocab":
-        rows = -(-size // degree)
-        start, stop = min(rank * rows, size), min((rank + 1) * rows, size)
-        return Slice(rule.dim, start, stop, padding=rows - (stop - start))
-    copies = degree // rule.blocks if rule.copies_when_short and degree > rule.blocks else 1
-    if degree % copies or rule.blocks % (degree // copies):
-        raise UsageError(
-            f"--tensor-model-parallel-size {degree} does not divide the {rule.blocks} blocks of a {rule.split}-cut "
-            f"parameter of shape {shape}; use one of {_degrees(rule)}."
-        )
-    rank, degree = rank // copies, degree // copies
-    length = size // rule.blocks * (rule.blocks // degree)
-    return Slice(rule.dim, rank * length, (rank + 1) * length, copies=copies)
-
-
-@functools.lru_cache
-def _degrees(rule: ParamRule) -> list[int]:
-    divisors = [degree for degree in range(1, min(rule.blocks, 256) + 1) if rule.blocks % degree == 0]
-    return divisors + [rule.blocks * 2, rule.blocks * 4] if rule.copies_when_short else divisors

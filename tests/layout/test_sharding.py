@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tessel.errors import TesselError, UsageError
-from tessel.layout.sharding import ParamRule, Slice, parameters, pattern_of, rule_of, rules, slice_of
+from tessel.layout.sharding import ParamRule, parameters, pattern_of, rule_of, rules
+from tessel.layout.tiles import Slice, slice_of
 from tessel.model.config import ModelConfig
 
 BASE: dict[str, Any] = {
