@@ -8,6 +8,7 @@ for expert parallelism.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from tessel.errors import UsageError
@@ -123,3 +124,11 @@ def tile_of(rule: ParamRule, topology: Topology, place: Place) -> Tile:
         local[0] = num_experts // topology.ep
         start[0], stop[0] = place.ep * local[0], (place.ep + 1) * local[0]
     return Tile(rule.shape, tuple(start), tuple(stop), tuple(local), cut.copies)
+
+
+def num_padding_elements(rule: ParamRule, topology: Topology) -> int:
+    """Elements that pad a parameter, over all tensor-parallel ranks together."""
+    if rule.split != "vocab" or rule.dim is None:
+        return 0
+    rows = -(-rule.shape[rule.dim] // topology.tp) * topology.tp
+    return (rows - rule.shape[rule.dim]) * math.prod(rule.shape) // rule.shape[rule.dim]

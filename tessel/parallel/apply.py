@@ -2,35 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from tessel.config.layout import Layout
+from tessel.layout.stages import Stages
+from tessel.model.config import ModelConfig
+from tessel.model.kernels import compile_layers
+from tessel.model.transformer import Transformer
+from tessel.parallel.groups import Groups
 
-def apply_mixed_precision(
-    model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype
-) -> None:
-    """Keep parameters in fp32 and compute in `compute_dtype`, by FSDP2 over `mesh`, in place.
 
-    Each of `blocks` (the layers) is a group of its own; the rest, embedding and head among it, is the
-    root's, so that a tied weight is in one group. Gradients are summed in fp32: over the mesh, and
+@dataclass(frozen=True)
+class Sharding:
+    """What data-parallel processes share, and in which precision they compute.
+
+    `reshard_after_forward`: parameters are gathered again for backward. `prefetch`: the next layer's
+    are gathered while one computes.
+    """
+
+    mesh: DeviceMesh
+    expert_mesh: DeviceMesh
+    compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype = torch.float32
+    reshard_after_forward: bool = False
+    prefetch: bool = False
+
+
+def parallelize(
+    build: Callable[[], Transformer],
+    config: ModelConfig,
+    groups: Groups | None,
+    stages: Stages,
+    layout: Layout,
+    load: Callable[[Sequence[Transformer]], None],
+    compile: bool,
+    sharding: Sharding | None,
+) -> list[Transformer]:
+    """This process's part of the model, one module for each of its pipeline stages.
+
+    `build` makes a whole model on the meta device; `load` fills the parts in with weights, of which each process
+    needs its own tiles alone. One process alone has no `groups`, and the whole model. Without `sharding`,
+    parameters stay plain tensors: one copy in fp32 needs none.
+    """
+    parts = [build()] if groups is None else _own_parts(build, config, groups, stages, layout)
+    load(parts)
+    for part in parts:
+        if compile:
+            compile_layers(part.layers)
+        if sharding is not None:
+            shard(part, sharding)
+    return parts
+
+
+def _own_parts(
+    build: Callable[[], Transformer], config: ModelConfig, groups: Groups, stages: Stages, layout: Layout
+) -> list[Transformer]:
+    from tessel.model.stage import keep_stage
+    from tessel.parallel.context import apply_context_parallel
+    from tessel.parallel.expert import apply_expert_parallel
+    from tessel.parallel.tensor import apply_tensor_parallel
+
+    parts = [keep_stage(build(), stage) for stage in stages.of_rank(groups.place.pp)]
+    for part in parts:
+        apply_tensor_parallel(part, config, groups, layout.sequence_parallel)
+        apply_expert_parallel(part, config, groups)
+        apply_context_parallel(part, groups, layout.cp_comm_type, layout.ulysses_degree_in_cp)
+    return parts
+
+
+def shard(model: Transformer, sharding: Sharding) -> None:
+    """Hold fp32 parameters, shared out over the mesh, and compute in another dtype, by FSDP2 and in place.
+
+    Each layer is a group of its own, and in it its experts; the rest, embedding and head among it, is the
+    root's, so that a tied weight is in one group. Gradients are summed in `reduce_dtype`: over the mesh, and
     over micro-batches, since each backward adds to an fp32 `.grad`. Parameters become DTensors.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    low_precision = sharding.compute_dtype if sharding.compute_dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=sharding.reduce_dtype, cast_forward_inputs=False
+    )
+    layers = list(model.layers.values())
+    expert_groups = [experts for layer in layers if (experts := expert_module(layer)) is not None]
+    for module, mesh in (
+        *((experts, sharding.expert_mesh) for experts in expert_groups),
+        *((layer, sharding.mesh) for layer in layers),
+        (model, sharding.mesh),
+    ):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss carries its own weights: every reduction is a plain sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if sharding.prefetch:
+        for layer, following in pairwise(layers):
+            assert isinstance(layer, FSDPModule) and isinstance(following, FSDPModule)
+            layer.set_modules_to_forward_prefetch([following])
+
+
+def expert_module(layer: nn.Module) -> nn.Module | None:
+    """The stacked experts of a layer; None for a dense one."""
+    experts = getattr(layer.get_submodule("mlp"), "experts", None)
+    return experts if isinstance(experts, nn.Module) else None
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Drop the gathered low-precision weights, after forwards that no backward followed.
+    """Drop the gathered weights, after forwards that no backward followed.
 
     With `reshard_after_forward=False` they would outlive the next optimizer step: the first forward after
     it would still compute with the old weights.

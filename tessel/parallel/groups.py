@@ -20,7 +20,8 @@ class Groups:
     `replicas` is the mesh of ranks that hold the same tile of a dense parameter (data and context
     parallel, of this pipeline stage), one dim (shard) or two (replicate, shard); `expert_replicas` that of
     an expert. Both have size 1 where nothing is shared. `batch` are the ranks whose losses add up:
-    all but the tensor-parallel ones. `tied` are the first and the last stage.
+    all but the tensor-parallel ones. `kv_copies` are the tensor-parallel ranks with the same key/value
+    heads; `tied` are the first and the last stage, for ranks on these.
     """
 
     topology: Topology
@@ -28,13 +29,20 @@ class Groups:
     device: torch.device
     tp: ProcessGroup | None
     cp: ProcessGroup | None
+    dp: ProcessGroup | None
     pp: ProcessGroup | None
     ep: ProcessGroup | None
     etp: ProcessGroup | None
+    kv_copies: ProcessGroup | None
     tied: ProcessGroup | None
     batch: ProcessGroup | None
     replicas: DeviceMesh
     expert_replicas: DeviceMesh
+
+    @property
+    def tied_copies(self) -> bool:
+        """Whether a tied embedding lies on two stages."""
+        return self.topology.pp > 1
 
     @property
     def place(self) -> Place:
@@ -42,22 +50,29 @@ class Groups:
         return self.topology.place(self.rank)
 
 
-def build_groups(topology: Topology, device: torch.device, num_shards: int, expert_num_shards: int) -> Groups:
+def build_groups(
+    topology: Topology, device: torch.device, num_shards: int, expert_num_shards: int, num_kv_heads: int
+) -> Groups:
     """Make every group of `topology`; all ranks call it together, with torch.distributed initialised.
 
     `num_shards` (`expert_num_shards`) of the ranks that hold the same parameters share it, and the others
     repeat that: 1 is plain data parallelism, all of them one sharded copy.
     """
     rank = distributed.get_rank()
+    kv_copies = max(topology.tp // num_kv_heads, 1)
     return Groups(
         topology=topology,
         rank=rank,
         device=device,
         tp=_group(topology.groups("tp"), rank),
         cp=_group(topology.groups("cp"), rank),
+        dp=_group(topology.groups("dp"), rank),
         pp=_group(topology.groups("pp"), rank),
         ep=_group(topology.expert_groups("ep"), rank),
         etp=_group(topology.expert_groups("etp"), rank),
+        kv_copies=_group(
+            [ranks[i : i + kv_copies] for ranks in topology.groups("tp") for i in range(0, len(ranks), kv_copies)], rank
+        ),
         tied=_group([[ranks[0], ranks[-1]] for ranks in topology.groups("pp") if len(ranks) > 1], rank),
         batch=_group(topology.groups("cp", "dp", "pp"), rank),
         replicas=_mesh(topology.groups("cp", "dp"), rank, device, num_shards),

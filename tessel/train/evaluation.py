@@ -82,19 +82,21 @@ class Evaluator:
         loader = self._loaders[split]
         if loader is None or self._num_iters == 0:
             return None
-        model = self._learner.model
-        model.eval()
+        parts, peers = self._learner.parts, self._learner.peers
+        for part in parts:
+            part.eval()
         nll_sum = num_tokens = 0.0
         try:
             for start, size, micro_batch_size in self._batches(split, len(loader)):
                 if stopped():
                     return None
                 batches = [batch.to(self._device) for batch in loader.fetch(start, size, micro_batch_size)]
-                sums = evaluation_sums(model, batches)
+                sums = evaluation_sums(self._learner.runner, batches, peers)
                 nll_sum, num_tokens = nll_sum + sums[0], num_tokens + sums[1]
         finally:
-            release_gathered(model)
-            model.train()
+            for part in parts:
+                release_gathered(part)
+                part.train()
         return nll_sum / max(num_tokens, 1.0)
 
     def _batches(self, split: str, num_samples: int) -> list[tuple[int, int, int]]:

@@ -119,12 +119,26 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """L2 norm over all elements of all tensors: scalar fp32, on the first one's device."""
     if not tensors:
         return torch.zeros((), dtype=torch.float32)
-    short = [t for t in tensors if t.device.type != "cpu" or t.numel() <= NORM_ROW_ELEMENTS]
-    norms = list(torch._foreach_norm(short, dtype=torch.float32)) if short else []
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.numel() > NORM_ROW_ELEMENTS:
-            norms += _norms_of_rows(tensor)
-    return torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device) for norm in norms]))
+    # Short ones first: rounding depends on the order.
+    parts = sorted(_norms(tensors), key=len)
+    norms = [norm.to(tensors[0].device) for norms in parts for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """L2 norm of each tensor: scalars in fp32, each where its tensor is."""
+    return [norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)) for norms in _norms(tensors)]
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Of each tensor the norms of its parts: one on an accelerator and of a short one, two of long rows on a CPU."""
+    is_short = [t.device.type != "cpu" or t.numel() <= NORM_ROW_ELEMENTS for t in tensors]
+    short = [tensor for tensor, fits in zip(tensors, is_short, strict=True) if fits]
+    of_short = iter(torch._foreach_norm(short, dtype=torch.float32) if short else ())
+    return [
+        [next(of_short)] if fits else _norms_of_rows(tensor) for tensor, fits in zip(tensors, is_short, strict=True)
+    ]
 
 
 def _norms_of_rows(tensor: Tensor) -> list[Tensor]:

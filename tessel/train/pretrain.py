@@ -111,7 +111,7 @@ class _Run:
         self._stack = stack
         self._identity = run_identity(cfg, model_config, splits)
         self._saved_state = self._read_saved_state()
-        self._learner: Learner = build_learner(cfg, model_config, source, device, stack)
+        self._learner: Learner = build_learner(cfg, model_config, source, device, None, stack)
         self._scheduler = self._build_scheduler()
 
     def _read_saved_state(self) -> dict[str, Any] | None:
@@ -186,8 +186,10 @@ class _Run:
             raise TesselError("The data has no training split. Give --split a first share, or --train-data-path.")
         assert cfg.batch.seq_length is not None
         step = TrainStep(
-            self._learner.model,
+            self._learner.runner,
             self._learner.optimizer,
+            self._learner.gradients,
+            self._learner.peers,
             scaler=self._learner.scaler,
             clip_grad=cfg.optimizer.clip_grad,
             per_token_loss=cfg.batch.calculate_per_token_loss,

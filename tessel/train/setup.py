@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,29 @@ from torch import Tensor, nn
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
+from tessel.config.layout import Layout
+from tessel.config.layout_rules import sharding_strategy_of
 from tessel.config.run import ModelShape, Precision, RunConfig, Tokenizer
 from tessel.data.tokenizer import load_tokenizer
 from tessel.errors import TesselError, UsageError
+from tessel.layout.asked import num_shards, stages_asked
+from tessel.layout.sharding import parameters as sharding_rules
+from tessel.layout.stages import Stages
+from tessel.layout.tiles import Tile, num_padding_elements, tile_of
+from tessel.layout.topology import Place, Topology
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
-from tessel.model.kernels import choose, compile_layers
+from tessel.model.kernels import choose
 from tessel.model.shape import contradictions
 from tessel.model.transformer import Recompute, Transformer
-from tessel.parallel.apply import apply_mixed_precision
+from tessel.parallel.apply import Sharding, parallelize
+from tessel.parallel.gradients import PartialSums, num_copies
+from tessel.parallel.groups import Groups, build_groups
+from tessel.parallel.peers import Peers
+from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
+from tessel.train.gradients import Gradients
 from tessel.train.optimizer import build_optimizer, local, parameter_groups, state_by_name
 from tessel.train.scaler import GradScaler, build_scaler
 from tessel.train.source import Kind, Source
@@ -38,16 +50,24 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Learner:
-    """A model, what updates it, and the names under which a checkpoint holds both."""
+    """This process's part of a model, what updates it, and the names under which a checkpoint holds both.
 
-    model: nn.Module
+    `parts`: one module for each pipeline stage of this process; the whole model where there are no pipelines.
+    `tiles`: which part of the whole each parameter is, before data parallelism cuts it further.
+    """
+
+    parts: tuple[Transformer, ...]
     optimizer: torch.optim.Optimizer
     scaler: GradScaler | None
     dtype: torch.dtype
+    runner: Runner
+    gradients: Gradients
+    peers: Peers
+    tiles: Mapping[str, Tile]
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters by name, fp32, not copies."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        """This process's parameters by name, fp32, not copies."""
+        return {name: parameter.detach() for name, parameter in named_parameters(self.parts).items()}
 
     def tensors(self, with_optimizer: bool) -> dict[str, Tensor]:
         """What a checkpoint of the run holds, not copies."""
@@ -59,10 +79,28 @@ class Learner:
         return {f"optimizer.{name}": tensor for name, tensor in state_by_name(self.optimizer).items()}
 
 
+def named_parameters(parts: Sequence[Transformer]) -> dict[str, nn.Parameter]:
+    """The parameters of all parts by their names, which are the whole model's."""
+    return {name: parameter for part in parts for name, parameter in part.named_parameters()}
+
+
+def groups_of(cfg: RunConfig, topology: Topology, model_config: ModelConfig, device: torch.device) -> Groups | None:
+    """The process groups of the layout that was asked for; None for one process alone."""
+    if topology.world_size == 1:
+        return None
+    shards = num_shards(cfg.layout, topology, sharding_strategy_of(cfg.layout))
+    return build_groups(topology, device, *shards, model_config.num_key_value_heads)
+
+
 def build_learner(
-    cfg: RunConfig, model_config: ModelConfig, source: Source, device: torch.device, stack: contextlib.ExitStack
+    cfg: RunConfig,
+    model_config: ModelConfig,
+    source: Source,
+    device: torch.device,
+    groups: Groups | None,
+    stack: contextlib.ExitStack,
 ) -> Learner:
-    """Build the model on `device` with the weights of `source`, in the precision asked for.
+    """Build this process's part of the model on `device` with the weights of `source`, in the precision asked for.
 
     A run's optimizer state is not loaded here. `stack` closes the process group of mixed precision.
     """
@@ -75,46 +113,125 @@ def build_learner(
         dropout=cfg.model.attention_dropout,
     )
     log(kernels.describe())
-    with torch.device("meta"):
-        model = Transformer(
-            model_config,
-            kernels,
-            attention_dropout=cfg.model.attention_dropout,
-            hidden_dropout=cfg.model.hidden_dropout,
-            recompute=Recompute.from_options(cfg.kernels),
-        )
-    _load_weights(model, model_config, source, cfg, device)
-    if cfg.kernels.compile:
-        compile_layers(model.layers)
-    if dtype is not torch.float32:
+
+    def build() -> Transformer:
+        with torch.device("meta"):
+            return Transformer(
+                model_config,
+                kernels,
+                attention_dropout=cfg.model.attention_dropout,
+                hidden_dropout=cfg.model.hidden_dropout,
+                recompute=Recompute.from_options(cfg.kernels),
+            )
+
+    tiles = tiles_of(model_config, groups)
+    stages = stages_asked(cfg.layout, model_config.num_hidden_layers)
+    parts = parallelize(
+        build,
+        model_config,
+        groups,
+        stages,
+        cfg.layout,
+        lambda parts: _load_weights(parts, tiles, model_config, source, cfg, device),
+        cfg.kernels.compile,
+        _sharding(cfg, groups, dtype, device, stack),
+    )
+    parameters = named_parameters(parts)
+    optimizer = build_optimizer(parameter_groups(parameters.items(), model_config, cfg.optimizer), cfg.optimizer)
+    return Learner(
+        parts=tuple(parts),
+        optimizer=optimizer,
+        scaler=build_scaler(cfg.precision),
+        dtype=dtype,
+        runner=_runner(cfg, parts, stages, groups),
+        gradients=_gradients(parameters, model_config, groups, cfg.layout),
+        peers=Peers(groups),
+        tiles=tiles,
+    )
+
+
+def tiles_of(model_config: ModelConfig, groups: Groups | None) -> dict[str, Tile]:
+    """This process's tile of every parameter of the model, whatever stage it is on."""
+    topology, place = (Topology(), Place()) if groups is None else (groups.topology, groups.place)
+    return {name: tile_of(rule, topology, place) for name, rule in sharding_rules(model_config).items()}
+
+
+def _sharding(
+    cfg: RunConfig, groups: Groups | None, dtype: torch.dtype, device: torch.device, stack: contextlib.ExitStack
+) -> Sharding | None:
+    if groups is None:
+        if dtype is torch.float32:
+            return None
         mesh = stack.enter_context(mesh_of_one(device))
-        apply_mixed_precision(model, model.layers.values(), mesh, dtype)
-    groups = parameter_groups(model.named_parameters(), model_config, cfg.optimizer)
-    return Learner(model, build_optimizer(groups, cfg.optimizer), build_scaler(cfg.precision), dtype)
+        return Sharding(mesh, mesh, dtype)
+    if dtype is torch.float32 and groups.replicas.size() == 1 and groups.expert_replicas.size() == 1:
+        return None
+    in_bf16 = cfg.layout.grad_reduce_in_bf16 and dtype is torch.bfloat16
+    return Sharding(
+        groups.replicas,
+        groups.expert_replicas,
+        dtype,
+        reduce_dtype=torch.bfloat16 if in_bf16 else torch.float32,
+        reshard_after_forward=sharding_strategy_of(cfg.layout) == "optim_grads_params",
+        prefetch=cfg.layout.overlap_param_gather,
+    )
+
+
+def _runner(cfg: RunConfig, parts: Sequence[Transformer], stages: Stages, groups: Groups | None) -> Runner:
+    localize: Localize = whole
+    if groups is not None and groups.cp is not None:
+        from tessel.parallel.context import localizer
+
+        localize = localizer(groups, cfg.layout.cp_comm_type, cfg.layout.ulysses_degree_in_cp)
+    if groups is not None and groups.pp is not None:
+        from tessel.parallel.pipeline import PipelineRunner
+
+        return PipelineRunner(list(parts), stages, groups, cfg.layout, localize)
+    reduce_each = groups is None or sharding_strategy_of(cfg.layout) in ("optim_grads", "optim_grads_params")
+    return PlainRunner(parts[0], localize, reduce_each=reduce_each)
+
+
+def _gradients(
+    parameters: Mapping[str, nn.Parameter], model_config: ModelConfig, groups: Groups | None, layout: Layout
+) -> Gradients:
+    if groups is None:
+        return Gradients(parameters)
+    rules = sharding_rules(model_config)
+    padding = sum(num_padding_elements(rule, groups.topology) for rule in rules.values())
+    copies = {name: num_copies(rules[name], groups) for name in parameters}
+    partial = PartialSums(parameters, rules, groups, layout.sequence_parallel)
+    return Gradients(parameters, Peers(groups), copies, padding, partial)
 
 
 def _load_weights(
-    model: nn.Module, model_config: ModelConfig, source: Source, cfg: RunConfig, device: torch.device
+    parts: Sequence[Transformer],
+    tiles: Mapping[str, Tile],
+    model_config: ModelConfig,
+    source: Source,
+    cfg: RunConfig,
+    device: torch.device,
 ) -> None:
-    """Fill `model`, which is on the meta device until it is known that the weights fit it."""
+    """Fill `parts`, which are on the meta device until it is known that the weights fit them."""
     if source.kind is Kind.HUGGINGFACE:
         assert source.folder is not None
-        huggingface.load_into(model, source.folder, device)
+        for part in parts:
+            huggingface.load_into(part, source.folder, device)
         return
-    try:
-        model.to_empty(device=device)
-    except RuntimeError as error:  # torch has no narrower one for memory of the CPU
-        size_gib = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**30
-        raise TesselError(
-            f"The weights alone take {size_gib:,.1f} GiB in fp32, more than {device} has free. "
-            "Take a smaller model or a larger machine."
-        ) from error
-    if source.kind is Kind.RANDOM:
-        initialize_(model, model_config, std=cfg.model.init_method_std, seed=cfg.precision.seed)
-    else:
-        assert source.folder is not None and source.iteration is not None
-        weights = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-        run_checkpoint.load_tensors(source.folder, source.iteration, weights)
+    for part in parts:
+        try:
+            part.to_empty(device=device)
+        except RuntimeError as error:  # torch has no narrower one for memory of the CPU
+            size_gib = sum(parameter.numel() for parameter in part.parameters()) * 4 / 2**30
+            raise TesselError(
+                f"The weights alone take {size_gib:,.1f} GiB in fp32, more than {device} has free. "
+                "Take a smaller model or a larger machine."
+            ) from error
+        if source.kind is Kind.RANDOM:
+            initialize_(part, model_config, std=cfg.model.init_method_std, seed=cfg.precision.seed)
+        else:
+            assert source.folder is not None and source.iteration is not None
+            weights = {f"model.{name}": parameter.detach() for name, parameter in part.named_parameters()}
+            run_checkpoint.load_tensors(source.folder, source.iteration, weights)
 
 
 def largest_gradient(precision: Precision) -> float:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tessel.data.loader import MicroBatch
-from tessel.train.optimizer import clip_, gradient_norm, local_gradients, num_zeros
+from tessel.parallel.peers import Peers
+from tessel.parallel.runner import Runner
+from tessel.train.gradients import Gradients
 from tessel.train.scaler import DynamicScaler, GradScaler
 
 
@@ -32,27 +34,33 @@ class StepResult:
         return math.isfinite(self.loss) and (self.grad_norm is None or math.isfinite(self.grad_norm))
 
 
-def loss_weights(masks_BS: Sequence[Tensor], per_token: bool) -> list[Tensor]:
+def loss_weights(masks_BS: Sequence[Tensor], per_token: bool, peers: Peers | None = None) -> list[Tensor]:
     """The factor of each token's nll, so that the step's loss is a plain sum over everything.
 
     Megatron's default rule is the mean over micro-batches of each one's mean over its loss-bearing
     tokens; `per_token` is the mean over all loss-bearing tokens of the global batch. A micro-batch
-    without such tokens counts as a mean of zero.
+    without such tokens counts as a mean of zero. The micro-batches of all replicas count.
     """
+    peers = peers or Peers()
     counts = [mask.sum(dtype=torch.float64) for mask in masks_BS]
     if per_token:
-        total = torch.stack(counts).sum().clamp(min=1)
+        total = peers.sum_tokens(torch.stack(counts).sum()).clamp(min=1)
         return [(mask / total).float() for mask in masks_BS]
-    return [(mask / (count.clamp(min=1) * len(masks_BS))).float() for mask, count in zip(masks_BS, counts, strict=True)]
+    num_micro_batches = len(masks_BS) * peers.num_replicas
+    return [
+        (mask / (count.clamp(min=1) * num_micro_batches)).float() for mask, count in zip(masks_BS, counts, strict=True)
+    ]
 
 
 class TrainStep:
-    """Holds what a step needs. `parameters` are those the optimizer updates."""
+    """Holds what a step needs. `gradients` are those of the parameters that the optimizer updates."""
 
     def __init__(
         self,
-        model: nn.Module,
+        runner: Runner,
         optimizer: torch.optim.Optimizer,
+        gradients: Gradients,
+        peers: Peers,
         *,
         scaler: GradScaler | None,
         clip_grad: float,
@@ -63,9 +71,10 @@ class TrainStep:
         largest_gradient: float = math.inf,
     ) -> None:
         """`largest_gradient` is where a scaled gradient counts as overflowed."""
-        self._model = model
+        self._runner = runner
         self._optimizer = optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._gradients = gradients
+        self._peers = peers
         self.scaler = scaler
         self._clip_grad = clip_grad
         self._per_token_loss = per_token_loss
@@ -82,19 +91,19 @@ class TrainStep:
         """
         loss_value, divisor = self._forward_backward(batches)
         loss = float(loss_value)
-        grads = local_gradients(self._parameters)
+        self._gradients.finalize()
         finite = math.isfinite(loss)
         may_skip = self._skip_not_finite or (finite and isinstance(self.scaler, DynamicScaler))
-        if self.scaler is not None and (finite or may_skip) and not self._unscale(grads, float(divisor)):
+        if self.scaler is not None and (finite or may_skip) and not self._unscale(float(divisor)):
             self._optimizer.zero_grad(set_to_none=True)
             return StepResult(loss, None if may_skip else math.inf, None, skipped=may_skip)
-        norm = float(gradient_norm(grads))
+        norm = self._gradients.norm()
         if not finite or not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             return StepResult(loss, norm, None, skipped=self._skip_not_finite)
         if self._clip_grad > 0:
-            clip_(grads, self._clip_grad, norm)
-        zeros = num_zeros(grads) if self._count_zeros else None
+            self._gradients.clip_(self._clip_grad, norm)
+        zeros = self._gradients.num_zeros() if self._count_zeros else None
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, zeros, skipped=False)
@@ -106,53 +115,36 @@ class TrainStep:
         divides by the number of tokens after the last backward, and what overflows depends on it.
         """
         masks = [batch.loss_mask_BS for batch in batches]
-        num_tokens = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum().clamp(min=1)
+        own_tokens = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
+        num_tokens = self._peers.sum_tokens(own_tokens).clamp(min=1)
         divide_later = self._per_token_loss and self.scaler is not None
-        weights = masks if divide_later else loss_weights(masks, self._per_token_loss)
+        weights = masks if divide_later else loss_weights(masks, self._per_token_loss, self._peers)
         scale = self.scaler.scale if self.scaler is not None else 1.0
-        nll_sum = torch.zeros((), dtype=torch.float64, device=weights[0].device)
-        for batch, weights_BS in zip(batches, weights, strict=True):
-            # The scale goes into the weights, so that it reaches the logits' gradient before fp16 does.
-            weights_BS = weights_BS * scale
-            loss = self._model(
-                batch.tokens_BS,
-                batch.rope_positions_BS,
-                batch.segments_BS,
-                labels_BS=batch.labels_BS,
-                weights_BS=weights_BS,
-                z_loss_coeff=self._z_loss_coeff,
-            )
-            loss.sum().backward()
-            # A micro-batch's weights are all equal, or zero: dividing gives back its sum of nll.
-            factor = weights_BS.amax().double()
-            nll = loss.detach().flatten()[0].double()
-            nll_sum += torch.where(factor > 0, nll / factor, nll)
-        return nll_sum / num_tokens, num_tokens if divide_later else torch.ones_like(num_tokens)
+        # The scale goes into the weights, so that it reaches the logits' gradient before fp16 does.
+        weights = [weights_BS * scale for weights_BS in weights]
+        losses = self._runner.train(batches, weights, self._z_loss_coeff)
+        # A micro-batch's weights are all equal, or zero: dividing gives back its sum of nll.
+        factors = torch.stack([weights_BS.amax() for weights_BS in weights]).double()
+        nll = losses[:, 0].double()
+        nll_sum = torch.where(factors > 0, nll / factors, nll).sum()
+        loss = self._peers.sum_losses(nll_sum) / num_tokens
+        return loss, num_tokens if divide_later else torch.ones_like(num_tokens)
 
     @torch.no_grad()
-    def _unscale(self, grads: Sequence[Tensor], divisor: float) -> bool:
+    def _unscale(self, divisor: float) -> bool:
         """Divide gradients by the loss scale and `divisor`; False when one overflowed, the scale is then lowered."""
         assert self.scaler is not None
-        largest = torch.stack(list(torch._foreach_norm(list(grads), ord=math.inf))).max()
-        overflow = not bool(largest <= self._largest_gradient)
+        overflow = not self._gradients.largest() <= self._largest_gradient
         if not overflow:
-            torch._foreach_mul_(list(grads), self.scaler.inverse_scale / divisor)
+            torch._foreach_mul_(self._gradients.local(), self.scaler.inverse_scale / divisor)
         self.scaler.update(found_inf=overflow)
         return not overflow
 
 
-@torch.no_grad()
-def evaluation_sums(model: nn.Module, batches: Sequence[MicroBatch]) -> tuple[float, float]:
-    """Sum of nll over loss-bearing tokens, and the number of those tokens."""
-    nll_sum = num_tokens = 0.0
-    for batch in batches:
-        nll = model(
-            batch.tokens_BS,
-            batch.rope_positions_BS,
-            batch.segments_BS,
-            labels_BS=batch.labels_BS,
-            weights_BS=batch.loss_mask_BS,
-        )
-        nll_sum += float(nll)
-        num_tokens += float(batch.loss_mask_BS.sum())
-    return nll_sum, num_tokens
+def evaluation_sums(runner: Runner, batches: Sequence[MicroBatch], peers: Peers | None = None) -> tuple[float, float]:
+    """Sum of nll over the loss-bearing tokens of all replicas, and the number of those tokens."""
+    peers = peers or Peers()
+    masks = [batch.loss_mask_BS for batch in batches]
+    nll = peers.sum_losses(runner.evaluate(batches, masks).double().sum())
+    num_tokens = peers.sum_tokens(torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum())
+    return float(nll), float(num_tokens)

@@ -20,7 +20,7 @@ from tessel.train import metrics
 from tessel.train.batch_size import BatchSize
 from tessel.train.evaluation import Evaluator
 from tessel.train.metrics import LM_LOSS, StepMetrics, TrainingLog
-from tessel.train.optimizer import learning_rates, params_norm
+from tessel.train.optimizer import learning_rates
 from tessel.train.progress import RunProgress
 from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler
@@ -143,7 +143,7 @@ class Trainer:
         rate, decoupled_rate = learning_rates(parts.learner.optimizer)
         norm = None
         if parts.cfg.logging.log_params_norm:
-            norm = float(params_norm(parts.learner.model.parameters()))
+            norm = parts.learner.gradients.params_norm()
         assert parts.cfg.batch.seq_length is not None
         step = StepMetrics(
             iteration=position.iteration,

@@ -13,6 +13,8 @@ from tessel.data.loader import Loader, MicroBatch
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.transformer import Transformer
+from tessel.parallel.peers import Peers
+from tessel.parallel.runner import PlainRunner
 from tessel.train.evaluation import Evaluator
 
 SHAPE = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -45,7 +47,7 @@ def test_evaluations_go_on_where_the_last_one_ended(dataloader_type: str, third_
         evaluation=Evaluation(eval_iters=1),
     )
     loader = RecordingLoader()
-    learner = cast(Any, SimpleNamespace(model=model))
+    learner = cast(Any, SimpleNamespace(parts=(model,), runner=PlainRunner(model), peers=Peers()))
     evaluator = Evaluator(cfg, learner, cast(Loader, loader), None, [], torch.device("cpu"))
     for iteration in range(3):
         evaluator.validate(iteration, 0)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from tessel.config.run import Optimizer
 from tessel.data.loader import MicroBatch
+from tessel.parallel.peers import Peers
+from tessel.parallel.runner import PlainRunner
+from tessel.train.gradients import Gradients
 from tessel.train.optimizer import build_optimizer, parameter_groups
 from tessel.train.step import TrainStep, evaluation_sums
 from tests.train.tiny import CONFIG, VOCAB_SIZE, build_model
@@ -58,8 +61,10 @@ def test_step_equals_a_plain_loop(per_token_loss: bool, loss_of: Callable[[nn.Mo
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = LR, WEIGHT_DECAY * group["wd_mult"]
     step = TrainStep(
-        ours,
+        PlainRunner(ours),
         optimizer,
+        Gradients(dict(ours.named_parameters())),
+        Peers(),
         scaler=None,
         clip_grad=CLIP,
         per_token_loss=per_token_loss,
@@ -94,6 +99,6 @@ def test_the_rules_differ_on_uneven_masks() -> None:
 
 def test_evaluation_is_the_sum_over_loss_bearing_tokens() -> None:
     model = build_model()
-    nll_sum, num_tokens = evaluation_sums(copy.deepcopy(model), micro_batches())
+    nll_sum, num_tokens = evaluation_sums(PlainRunner(copy.deepcopy(model)), micro_batches())
     assert num_tokens == sum(sum(counts) for counts in NUM_BEARING)
     assert nll_sum / num_tokens == pytest.approx(mean_over_tokens(model).item(), rel=1e-6)

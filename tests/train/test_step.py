@@ -11,6 +11,9 @@ from torch import Tensor
 from tessel.config.run import Optimizer
 from tessel.data.loader import MicroBatch
 from tessel.model.transformer import Transformer
+from tessel.parallel.peers import Peers
+from tessel.parallel.runner import PlainRunner
+from tessel.train.gradients import Gradients
 from tessel.train.optimizer import build_optimizer, parameter_groups
 from tessel.train.scaler import ConstantScaler, DynamicScaler
 from tessel.train.step import TrainStep, evaluation_sums
@@ -28,7 +31,9 @@ def build_step(model: Transformer, **options: object) -> TrainStep:
         "count_zeros": False,
         "skip_not_finite": False,
     }
-    return TrainStep(model, build_optimizer(groups, optimizer_config), **(defaults | options))  # type: ignore[arg-type]
+    optimizer = build_optimizer(groups, optimizer_config)
+    gradients = Gradients(dict(model.named_parameters()))
+    return TrainStep(PlainRunner(model), optimizer, gradients, Peers(), **(defaults | options))  # type: ignore[arg-type]
 
 
 def micro_batch(positions_S: Tensor, segments_S: Tensor | None = None, mask: float = 1.0) -> MicroBatch:
@@ -50,16 +55,16 @@ SEGMENTS = (torch.arange(16) >= 6).int()
 def test_reset_positions_alone_leave_rope_as_it_is() -> None:
     model = build_model()
     plain, reset = micro_batch(PLAIN), micro_batch(RESET)
-    assert evaluation_sums(model, [reset]) == evaluation_sums(model, [plain])
+    assert evaluation_sums(PlainRunner(model), [reset]) == evaluation_sums(PlainRunner(model), [plain])
     expected = build_step(build_model())([plain])
     assert build_step(model)([reset]) == expected
 
 
 def test_a_segment_cannot_tell_where_its_positions_start() -> None:
     model = build_model()
-    plain, reset = (evaluation_sums(model, [micro_batch(p, SEGMENTS)])[0] for p in (PLAIN, RESET))
+    plain, reset = (evaluation_sums(PlainRunner(model), [micro_batch(p, SEGMENTS)])[0] for p in (PLAIN, RESET))
     assert reset == pytest.approx(plain, rel=1e-6)
-    assert abs(reset - evaluation_sums(model, [micro_batch(PLAIN)])[0]) > 1e-3
+    assert abs(reset - evaluation_sums(PlainRunner(model), [micro_batch(PLAIN)])[0]) > 1e-3
 
 
 @pytest.mark.parametrize(("per_token_loss", "skipped"), [(True, True), (False, False)])
