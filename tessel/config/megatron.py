@@ -1,7 +1,7 @@
 """Flags of Megatron-LM and MindSpeed-LLM that have no field here, and why.
 
-Three tables. `ACCEPTED`: what the flag asks for is always so here, or has nothing to act on in one
-process; it is taken, and the reason is printed once. `INSTEAD`: another flag does it. `LATER`: tessel
+Three tables. `ACCEPTED`: what the flag asks for is always so here, or has nothing to act on; it
+is taken, and the reason is printed once. `INSTEAD`: another flag does it. `LATER`: tessel
 does not do it; refused, since a flag that is accepted and ignored changes results in silence.
 """
 
@@ -96,9 +96,8 @@ ACCEPTED: dict[str, Accepted] = {
         "--no-position-embedding --no-use-tokenizer-model-from-checkpoint-args "
         "--disable-symmetric-registration --keep-sequential-samples --use-kv-cache"
     )),
-    **_accepted("one process", (
+    **_accepted("PyTorch's own parallel engine has no such setting", (
         "--distributed-backend=1 --disable-gloo-group --disable-gloo-process-groups "
-        ""
         "--overlap-param-gather-with-optimizer-step --no-align-grad-reduce --no-align-param-gather "
         "--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --ddp-num-buckets=1 "
         "--ddp-bucket-size=1 --ddp-average-in-collective --ddp-pad-buckets-for-high-nccl-busbw "
@@ -139,9 +138,9 @@ ACCEPTED: dict[str, Accepted] = {
         "--enable-hf2mg-convert --enable-mg2hf-convert"
     )),
     "--attention-mask-type": Accepted(1, "always so", only=("causal",)),
-    "--encoder-tensor-model-parallel-size": Accepted(1, "one process", only=("0", "1")),
-    "--encoder-pipeline-model-parallel-size": Accepted(1, "one process", only=("0",)),
-    "--partitions": Accepted(1, "one process", only=("1",)),
+    "--encoder-tensor-model-parallel-size": Accepted(1, "there is no encoder", only=("0", "1")),
+    "--encoder-pipeline-model-parallel-size": Accepted(1, "there is no encoder", only=("0",)),
+    "--partitions": Accepted(1, "files are read in one go", only=("1",)),
     "--handler-name": Accepted(1, "always so", only=("GeneralPretrainHandler",)),
 }  # fmt: skip
 
@@ -175,11 +174,9 @@ INSTEAD: dict[str, str] = {
 }
 
 LATER: dict[str, str] = {
-    **_later("pipelines over several processes", (
-        ""
+    **_later("this way of dealing out layers (--num-layer-list is there)", (
         "--pipeline-model-parallel-split-rank "
         "--microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-layout "
-        ""
         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --schedules-method"
     )),
     **_later("context parallelism", (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tessel.config.layout_rules import LAYOUT_RULES
 from tessel.config.run import RunConfig
 from tessel.config.schema import flag_of, options, read
 from tessel.errors import UsageError
@@ -25,16 +26,20 @@ AT_LEAST_ONE = _names(
     "ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings vocab_size "
     "padded_vocab_size make_vocab_size_divisible_by original_max_position_embeddings lr_decay_iters lr_decay_samples "
     "lr_wsd_decay_iters lr_wsd_decay_samples loss_scale_window hysteresis recompute_num_layers save_interval "
-    "save_hf_interval keep_last_k eval_interval log_interval tensorboard_log_interval tensorboard_queue_size"
+    "save_hf_interval keep_last_k eval_interval log_interval tensorboard_log_interval tensorboard_queue_size "
+    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+    "expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank "
+    "ulysses_degree_in_cp num_distributed_optimizer_instances nproc_per_node"
 )
 ABOVE_ZERO = _names(
     "rotary_base norm_epsilon rope_scaling_factor low_freq_factor high_freq_factor exit_duration_in_mins "
-    "initial_loss_scale min_loss_scale"
+    "initial_loss_scale min_loss_scale distributed_timeout_minutes"
 )
 NOT_NEGATIVE = _names(
     "lr min_lr decoupled_lr decoupled_min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay "
     "start_weight_decay end_weight_decay clip_grad adam_eps sgd_momentum z_loss_coeff eval_iters num_workers "
-    "manual_gc_interval init_method_std seed mid_level_dataset_surplus ckpt_step loss_scale eod_id"
+    "manual_gc_interval init_method_std seed mid_level_dataset_surplus ckpt_step loss_scale eod_id "
+    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers node_rank max_restarts"
 )
 BELOW_ONE = _names("attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction")
 
@@ -291,4 +296,5 @@ RULES: tuple[Rule, ...] = (
     check_precision,
     check_recomputation,
     check_checkpoint,
+    *LAYOUT_RULES,
 )

@@ -15,7 +15,7 @@ from tessel.config.schema import normal_flag, options
 from tessel.config.validate import validate
 from tessel.errors import UsageError
 
-# Flags that MindSpeed-LLM's scripts for pretraining dense models on one device pass, and that act there.
+# Flags that MindSpeed-LLM's scripts for pretraining pass, and that act there.
 TRAINING_FLAGS = """
 --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --kv-channels --group-query-attention
 --num-query-groups --max-position-embeddings --position-embedding-type --use-rotary-position-embeddings --rotary-base
@@ -32,13 +32,14 @@ TRAINING_FLAGS = """
 --tokenizer-model --tokenizer-not-use-fast --vocab-size --padded-vocab-size --make-vocab-size-divisible-by
 --deterministic-mode --log-timers-to-tensorboard --tensorboard-dir --wandb-project --wandb-exp-name --wandb-save-dir
 --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
+--sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --no-shared-storage
+--num-layer-list --num-layers-per-virtual-pipeline-stage --noop-layers --context-parallel-algo
+--expert-tensor-parallel-size
 """.split()
 NO_EFFECT_FLAGS = """
 --use-mcore-models --spec --transformer-impl --attention-softmax-in-fp32 --no-masked-softmax-fusion
---attention-mask-type --sequence-parallel --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
---distributed-backend --disable-gloo-group --no-gradient-accumulation-fusion --use-flash-attn --use-fused-rmsnorm
---use-fused-swiglu --use-fused-rotary-pos-emb --no-shared-storage --context-parallel-algo --use-cp-send-recv-overlap
---expert-tensor-parallel-size
+--attention-mask-type --distributed-backend --disable-gloo-group --no-gradient-accumulation-fusion --use-flash-attn
+--use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb --use-cp-send-recv-overlap
 """.split()
 PREPROCESS_FLAGS = "--input --output-prefix --json-keys --workers --append-eod --tokenizer-name-or-path".split()
 GENERATE_FLAGS = "--load --prompt --max-new-tokens --temperature --top-p --top-k --seed --bf16 --fp16".split()
@@ -52,7 +53,7 @@ def read(*argv: str) -> Parsed:
     return parse(RunConfig, argv, "tessel pretrain", MEGATRON)
 
 
-def test_flags_that_act_on_one_process_are_fields():
+def test_flags_that_act_are_fields():
     assert set(TRAINING_FLAGS) <= spellings(RunConfig)
     assert set(TRAINING_FLAGS) <= spellings(verbs.SamplesConfig)
     assert set(PREPROCESS_FLAGS) <= spellings(verbs.PreprocessConfig)
@@ -62,12 +63,13 @@ def test_flags_that_act_on_one_process_are_fields():
 def test_flags_without_effect_are_accepted_with_their_values_and_told_in_one_line():
     parsed = read(
         "--use-mcore-models", "--spec", "some.module", "layer_spec", "--bf16", "--transformer-impl", "local",
-        "--distributed_backend=nccl", "--sequence-parallel", "--attention-mask-type", "causal", "--lr", "1",
+        "--distributed_backend=nccl", "--use-ring-exchange-p2p", "--attention-mask-type", "causal", "--lr", "1",
     )  # fmt: skip
     assert parsed.given == {"bf16", "lr"}
     assert parsed.notes == (
         "accepted without effect: --use-mcore-models --spec --transformer-impl (there is one model implementation); "
-        "--distributed-backend --sequence-parallel (one process); --attention-mask-type (always so)",
+        "--distributed-backend --use-ring-exchange-p2p (PyTorch's own parallel engine has no such setting); "
+        "--attention-mask-type (always so)",
     )
     assert set(NO_EFFECT_FLAGS) <= set(ACCEPTED)
 

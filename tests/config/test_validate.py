@@ -60,11 +60,10 @@ BROKEN = {
     "adam_beta1=1": "--adam-beta1 is 1.0: it must be at least 0 and below 1.",
     "attention_dropout=1.5": "--attention-dropout is 1.5: it must be at least 0 and below 1.",
     "lr_warmup_fraction=1": "--lr-warmup-fraction is 1.0: it must be at least 0 and below 1.",
-    # One process.
-    "tensor_model_parallel_size=2": "--tensor-model-parallel-size is 2: this version of tessel runs in one process",
-    "pipeline_model_parallel_size=0": "--pipeline-model-parallel-size is 0: this version",
-    "context_parallel_size=2": "--context-parallel-size is 2: this version",
-    "expert_model_parallel_size=2": "--expert-model-parallel-size is 2: this version",
+    "pipeline_model_parallel_size=0": "--pipeline-model-parallel-size is 0: it must be at least 1.",
+    "expert_tensor_parallel_size=0": "--expert-tensor-parallel-size is 0: it must be at least 1.",
+    "distributed_timeout_minutes=0": "--distributed-timeout-minutes is 0.0: it must be above 0.",
+    "decoder_first_pipeline_num_layers=-1": "--decoder-first-pipeline-num-layers is -1: it must not be negative.",
     # The model.
     "-load": "No model is named: give --load",
     "init_from_config=other": "--load model starts from weights and --init-from-config other from random ones",

@@ -1,0 +1,43 @@
+"""Whether a run can be laid out as asked, before any process group or large allocation exists."""
+
+from __future__ import annotations
+
+from tessel.config.run import RunConfig
+from tessel.errors import UsageError
+from tessel.layout.check import check_batch, check_copies, check_model, topology_of
+from tessel.layout.topology import Topology
+from tessel.model.config import ModelConfig
+from tessel.train.identity import model_differences
+from tessel.train.source import Kind, Source, asked_model
+
+
+def check_layout(cfg: RunConfig, model_config: ModelConfig, world_size: int) -> Topology:
+    """Everything that `world_size` processes or the model could refuse; the topology of the run if nothing is.
+
+    `cfg` is as `validate` returns it.
+
+    Raises:
+        UsageError: names the flag, its value, and the values that would do.
+    """
+    topology = topology_of(cfg.layout, world_size, model_config)
+    check_model(model_config, cfg.layout, topology)
+    check_batch(cfg.batch, cfg.layout, topology)
+    check_copies(cfg.layout, topology)
+    return topology
+
+
+def check_model_of_run(cfg: RunConfig, source: Source, model_config: ModelConfig) -> None:
+    """The run in --save is of the model that --load or --init-from-config names beside it.
+
+    Raises:
+        UsageError: it is of another one, and --override is not given.
+    """
+    if source.kind is not Kind.RESUME or cfg.checkpoint.override or cfg.batch.skip_train:
+        return
+    asked = asked_model(source, cfg.checkpoint.load or cfg.model.init_from_config)
+    differences = [] if asked is None else model_differences(model_config, asked)
+    if differences:
+        raise UsageError(
+            f"--save {source.folder} holds a run of another model ({'; '.join(differences)}). Use another --save, or "
+            "--override to go on with the run's model all the same (--no-resume starts anew)."
+        )
