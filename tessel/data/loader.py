@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -143,6 +143,21 @@ class Loader:
             futures, self._ahead = self._ahead[1], None
             batches = [future.result() for future in futures]
         self.stall_s += time.perf_counter() - begin_s
+        return batches
+
+    def fetch_rest(self, start: int, num_samples: int) -> list[MicroBatch]:
+        """Samples that do not fill micro-batches, dealt out to the ranks one by one, in order.
+
+        Every rank gets as many micro-batches of one sample, since ranks compute together: one that would have
+        fewer takes a sample of another's, with a loss mask of zeros.
+        """
+        batches = []
+        for first in range(start, start + num_samples, self._order.num_ranks):
+            own = first + self._order.rank
+            batch = self._read(np.array([min(own, start + num_samples - 1)]))
+            if own >= start + num_samples:
+                batch = replace(batch, loss_mask_BS=torch.zeros_like(batch.loss_mask_BS))
+            batches.append(batch)
         return batches
 
     def _start(self, pool: ThreadPoolExecutor, request: _Request) -> list[Future[MicroBatch]]:

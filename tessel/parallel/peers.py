@@ -57,6 +57,12 @@ class Peers:
         values = _all_reduce(values.nan_to_num(nan=0.0, posinf=torch.inf), distributed.group.WORLD, ReduceOp.MAX)
         return values.masked_fill(bad > 0, torch.nan)
 
+    def largest_number(self, number: int) -> int:
+        """The largest of a small whole number over every process."""
+        if self._groups is None or self.num_processes == 1:
+            return number
+        return int(self.largest(torch.tensor([float(number)], device=self._groups.device)))
+
 
 def _all_reduce(values: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType) -> Tensor:
     if group is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tessel.config.run import RunConfig
-from tessel.data.loader import Loader
+from tessel.data.loader import Loader, MicroBatch
 from tessel.parallel.apply import release_gathered
 from tessel.runtime.log import log
 from tessel.train import metrics
@@ -90,7 +90,7 @@ class Evaluator:
             for start, size, micro_batch_size in self._batches(split, len(loader)):
                 if stopped():
                     return None
-                batches = [batch.to(self._device) for batch in loader.fetch(start, size, micro_batch_size)]
+                batches = [batch.to(self._device) for batch in self._fetch(loader, start, size, micro_batch_size)]
                 sums = evaluation_sums(self._learner.runner, batches, peers)
                 nll_sum, num_tokens = nll_sum + sums[0], num_tokens + sums[1]
         finally:
@@ -99,14 +99,19 @@ class Evaluator:
                 part.train()
         return nll_sum / max(num_tokens, 1.0)
 
+    def _fetch(self, loader: Loader, start: int, size: int, micro_batch_size: int) -> list[MicroBatch]:
+        if size % (micro_batch_size * self._learner.peers.num_replicas):
+            return loader.fetch_rest(start, size)
+        return loader.fetch(start, size, micro_batch_size)
+
     def _batches(self, split: str, num_samples: int) -> list[tuple[int, int, int]]:
         """(first sample, number of samples, micro-batch size) of what the next evaluation reads."""
         size, micro = self._global_batch_size, self._micro_batch_size
         if self._whole_set:
-            rest = num_samples % micro
+            rest = num_samples % (micro * self._learner.peers.num_replicas)
             whole = [(start, min(size, num_samples - rest - start)) for start in range(0, num_samples - rest, size)]
             return [(start, count, micro) for start, count in whole] + (
-                [(num_samples - rest, rest, rest)] if rest else []
+                [(num_samples - rest, rest, rest if self._learner.peers.num_replicas == 1 else micro)] if rest else []
             )
         batches = []
         for _ in range(self._num_iters):

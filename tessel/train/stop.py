@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -12,24 +12,36 @@ from types import FrameType
 
 @dataclass
 class StopRequest:
-    """Whether the run should stop after the step in progress, and why."""
+    """Whether the run should stop after the step in progress, and why.
+
+    `largest` is the largest of a number over all processes: a signal may reach one of them alone, and clocks
+    differ, but all must stop after the same step. All ask at the same points.
+    """
 
     exit_duration_in_mins: float | None = None
     exit_interval: int | None = None
     started_s: float = field(default_factory=time.monotonic)
-    signal_name: str | None = None
+    largest: Callable[[int], int] = int
+    signal_number: int = 0
+
+    @property
+    def signal_name(self) -> str | None:
+        """The signal that has come, as far as this process knows."""
+        return signal.Signals(self.signal_number).name if self.signal_number else None
 
     def signalled(self) -> bool:
-        """Whether a signal has come: what can be left out now should be."""
-        return self.signal_name is not None
+        """Whether a signal has come to any process: what can be left out now should be."""
+        self.signal_number = self.largest(self.signal_number)
+        return bool(self.signal_number)
 
     def reason(self, iteration: int, is_last: bool = False) -> str | None:
         """Why to stop after `iteration`; None to go on. --exit-interval does not cut off the end of a run."""
-        if self.signal_name is not None:
+        if self.signalled():
             return f"received {self.signal_name}"
-        minutes = (time.monotonic() - self.started_s) / 60
-        if self.exit_duration_in_mins is not None and minutes > self.exit_duration_in_mins:
-            return f"--exit-duration-in-mins {self.exit_duration_in_mins:g} is over"
+        if self.exit_duration_in_mins is not None:
+            minutes = (time.monotonic() - self.started_s) / 60
+            if self.largest(int(minutes > self.exit_duration_in_mins)):
+                return f"--exit-duration-in-mins {self.exit_duration_in_mins:g} is over"
         if self.exit_interval is not None and not is_last and iteration % self.exit_interval == 0:
             return f"--exit-interval {self.exit_interval}"
         return None
@@ -41,9 +53,9 @@ def signals_stop(request: StopRequest) -> Iterator[None]:
 
     def mark(number: int, frame: FrameType | None) -> None:
         del frame
-        if request.signal_name is not None and number == signal.SIGINT:
+        if request.signal_number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.signal_name = signal.Signals(number).name
+        request.signal_number = number
 
     before = {number: signal.signal(number, mark) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

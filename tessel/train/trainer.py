@@ -63,7 +63,10 @@ class Trainer:
         self._parts = parts
         self.position = position
         self._stop = StopRequest(
-            parts.cfg.batch.exit_duration_in_mins, parts.cfg.batch.exit_interval, started_s=started_s
+            parts.cfg.batch.exit_duration_in_mins,
+            parts.cfg.batch.exit_interval,
+            started_s=started_s,
+            largest=parts.learner.peers.largest_number,
         )
 
     def run(self) -> str | None:
