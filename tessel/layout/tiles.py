@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from tessel.errors import UsageError
-from tessel.layout.sharding import ParamRule
+from tessel.layout.sharding import DecoderShape, ParamRule, parameters
 from tessel.layout.topology import Place, Topology
 
 
@@ -132,3 +132,8 @@ def num_padding_elements(rule: ParamRule, topology: Topology) -> int:
         return 0
     rows = -(-rule.shape[rule.dim] // topology.tp) * topology.tp
     return (rows - rule.shape[rule.dim]) * math.prod(rule.shape) // rule.shape[rule.dim]
+
+
+def tiles_of(config: DecoderShape, topology: Topology, place: Place) -> dict[str, Tile]:
+    """The tile of every parameter of the model, by its name."""
+    return {name: tile_of(rule, topology, place) for name, rule in parameters(config).items()}

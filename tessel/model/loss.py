@@ -1,12 +1,14 @@
 """Head and cross-entropy in one, some tokens at a time, so that the logits of a sequence are never held.
 
-Shape suffixes: N tokens of the micro-batch, C tokens of a chunk, V vocabulary rows, D hidden size.
+The vocabulary may be in parts, each elsewhere: `VocabularyPart`.
+Shape suffixes: N tokens of the micro-batch, C tokens of a chunk, V vocabulary rows, D hidden size,
+P parts of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +26,28 @@ def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
     return min(max(budget_bytes // (4 * vocab_size), _MIN_CHUNK_TOKENS), _MAX_CHUNK_TOKENS)
 
 
+class VocabularyPart(Protocol):
+    """The rows of the vocabulary that are here, where others are elsewhere; every part calls in the same order."""
+
+    @property
+    def first(self) -> int:
+        """The vocabulary's number of the first row here."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows here, at least one, without the padding that may follow them."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every part's tensor of this shape, [P, ...], in one order everywhere."""
+        ...
+
+    def join(self, logits_BSV: Tensor) -> Tensor:
+        """The logits of the whole vocabulary, from those of this part and its padding; with a gradient."""
+        ...
+
+
 def chunked_linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -31,6 +55,7 @@ def chunked_linear_cross_entropy(
     weights_N: Tensor,
     chunk_tokens: int | None = None,
     z_loss_coeff: float = 0.0,
+    part: VocabularyPart | None = None,
 ) -> Tensor:
     """sum_n weights_n * nll_n, a scalar in fp32; with a z-loss, a second term, and the result is both: [2].
 
@@ -45,21 +70,43 @@ def chunked_linear_cross_entropy(
     Gradients are computed in forward, chunk by chunk, and only scaled in backward. In fp16 a loss
     scale therefore belongs into `weights_N`: the logits' gradients then carry it before they are
     rounded to fp16. Backward works once. Without gradients to compute, none are.
+
+    With `part`, `weight_VD` has that part's rows, and maybe padding after them, whose gradient is 0.
+    The loss is that of the whole vocabulary, alike for every part; the gradient of `hidden_ND` is this
+    part's contribution to the sum over all. For each chunk the parts gather two fp32 numbers a token.
     """
     chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], weight_VD.device)
-    weights_N = weights_N.float()
-    if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        total: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, weights_N, chunk, z_loss_coeff)
+    weights_N, weight_VD = weights_N.float(), _without_padding(weight_VD, part)
+    needs_grad = hidden_ND.requires_grad, weight_VD.requires_grad
+    if torch.is_grad_enabled() and any(needs_grad):
+        with torch.no_grad():
+            *gradients, total = _losses_and_gradients(
+                hidden_ND, weight_VD, labels_N, weights_N, chunk, z_loss_coeff, needs_grad, part
+            )
+        # A node for each gradient: a pipeline may ask for the weight's later than for the other.
+        for source, gradient in zip((hidden_ND, weight_VD), gradients, strict=True):
+            if gradient is not None:
+                total = total + _KnownGradient.apply(source, gradient, total.detach())
         return total
-    nll_N, log_z_N = _token_losses(hidden_ND, weight_VD, labels_N, weights_N != 0, chunk)
+    nll_N, log_z_N = _token_losses(hidden_ND, weight_VD, labels_N, weights_N != 0, chunk, part)
     return _weighted_sum(nll_N, log_z_N, weights_N, z_loss_coeff)
 
 
-def chunked_nll(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int | None = None) -> Tensor:
+def chunked_nll(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    chunk_tokens: int | None = None,
+    part: VocabularyPart | None = None,
+) -> Tensor:
     """Cross-entropy of each token, fp32 [N], without gradients."""
     chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], weight_VD.device)
     with torch.no_grad():
-        return _token_losses(hidden_ND, weight_VD, labels_N, None, chunk)[0]
+        return _token_losses(hidden_ND, _without_padding(weight_VD, part), labels_N, None, chunk, part)[0]
+
+
+def _without_padding(weight_VD: Tensor, part: VocabularyPart | None) -> Tensor:
+    return weight_VD if part is None or part.num_rows == len(weight_VD) else weight_VD[: part.num_rows]
 
 
 def _weighted_sum(nll_N: Tensor, log_z_N: Tensor, weights_N: Tensor, z_loss_coeff: float) -> Tensor:
@@ -76,24 +123,45 @@ def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
 
 
 def _token_losses(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, counts_N: Tensor | None, chunk_tokens: int
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    counts_N: Tensor | None,
+    chunk_tokens: int,
+    vocabulary: VocabularyPart | None,
 ) -> tuple[Tensor, Tensor]:
     """(nll, logZ), each fp32 [N]."""
     nll_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
     log_z_N = torch.empty_like(nll_N)
     if counts_N is not None:
         labels_N = labels_N.where(counts_N, 0)
-    softmax = _ChunkSoftmax(weight_VD, min(chunk_tokens, max(len(nll_N), 1)))
+    softmax = _ChunkSoftmax(weight_VD, min(chunk_tokens, max(len(nll_N), 1)), vocabulary)
     for part in _chunks(len(nll_N), chunk_tokens):
-        _, nll_N[part], log_z_N[part] = softmax(hidden_ND[part], labels_N[part])
+        chunk = softmax(hidden_ND[part], labels_N[part])
+        nll_N[part], log_z_N[part] = chunk.nll_C, chunk.log_z_C
     return nll_N, log_z_N
+
+
+class _Chunk(NamedTuple):
+    """What the softmax of a chunk gives. fp32; `softmax_CV` lives until the next one.
+
+    Of a vocabulary in parts, `softmax_CV` is over this part's rows alone, which have `share_C1` of the
+    probability; `columns_C1` and `is_here_C1` say where the labels are, and whether they are in this part.
+    """
+
+    softmax_CV: Tensor
+    nll_C: Tensor
+    log_z_C: Tensor
+    columns_C1: Tensor
+    is_here_C1: Tensor | None = None
+    share_C1: Tensor | None = None
 
 
 class _ChunkSoftmax:
     """Probabilities and losses of one chunk after another, in one buffer."""
 
-    def __init__(self, weight_VD: Tensor, chunk_tokens: int) -> None:
-        self.weight_VD = weight_VD.detach()
+    def __init__(self, weight_VD: Tensor, chunk_tokens: int, vocabulary: VocabularyPart | None = None) -> None:
+        self.weight_VD, self.vocabulary = weight_VD.detach(), vocabulary
         shape = (chunk_tokens, weight_VD.shape[0])
         self.logits_CV = torch.empty(shape, dtype=weight_VD.dtype, device=weight_VD.device)
         low_precision = weight_VD.dtype != torch.float32
@@ -101,55 +169,57 @@ class _ChunkSoftmax:
             self.logits_CV.new_empty(shape, dtype=torch.float32) if low_precision else self.logits_CV
         )
 
-    def __call__(self, hidden_CD: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(softmax [C, V], nll [C], logZ [C]), fp32; the first lives until the next call."""
+    def __call__(self, hidden_CD: Tensor, labels_C: Tensor) -> _Chunk:
         num_tokens = hidden_CD.shape[0]
         logits_CV, out_CV = self.logits_CV[:num_tokens], self.probabilities_CV[:num_tokens]
         torch.mm(hidden_CD, self.weight_VD.t(), out=logits_CV)
         if out_CV.dtype != logits_CV.dtype:
             out_CV.copy_(logits_CV)
-        label_logits_C = out_CV.gather(1, labels_C[:, None]).squeeze(1)
+        columns_C1, is_here_C1 = self._columns(labels_C[:, None])
+        label_logits_C = out_CV.gather(1, columns_C1).squeeze(1)
         largest_C = out_CV.amax(dim=-1)
         torch.softmax(out_CV, dim=-1, out=out_CV)
         # The largest probability is 1 / sum(exp(logit - largest)): logZ without a second pass of exponentials.
         log_z_C = largest_C - out_CV.amax(dim=-1).log()
-        return out_CV, log_z_C - label_logits_C, log_z_C
+        if self.vocabulary is None or is_here_C1 is None:
+            return _Chunk(out_CV, log_z_C - label_logits_C, log_z_C, columns_C1)
+        label_logits_C = label_logits_C.where(is_here_C1.squeeze(1), 0)
+        log_z_PC, label_logits_PC = self.vocabulary.gather(torch.stack((log_z_C, label_logits_C))).unbind(1)
+        whole_log_z_C = log_z_PC.logsumexp(dim=0)
+        share_C1 = (log_z_C - whole_log_z_C).exp()[:, None]
+        nll_C = whole_log_z_C - label_logits_PC.sum(dim=0)
+        return _Chunk(out_CV, nll_C, whole_log_z_C, columns_C1, is_here_C1, share_C1)
+
+    def _columns(self, labels_C1: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(the labels' columns here, whether they are here)."""
+        if self.vocabulary is None:
+            return labels_C1, None
+        columns_C1 = labels_C1 - self.vocabulary.first
+        is_here_C1 = (columns_C1 >= 0) & (columns_C1 < self.vocabulary.num_rows)
+        return columns_C1.where(is_here_C1, 0), is_here_C1
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss is linear in the upstream gradient, so that its gradients can be had in forward."""
+class _KnownGradient(torch.autograd.Function):
+    """Zeros, with a gradient that is had already and only to be scaled in backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        labels_N: Tensor,
-        weights_N: Tensor,
-        chunk_tokens: int,
-        z_loss_coeff: float,
-    ) -> Tensor:
-        ctx.hidden_grad_ND, ctx.weight_grad_VD, total = _losses_and_gradients(
-            hidden_ND, weight_VD, labels_N, weights_N, chunk_tokens, z_loss_coeff, ctx.needs_input_grad[:2]
-        )
-        return total
+    def forward(ctx: Any, source: Tensor, gradient: Tensor, like: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return torch.zeros_like(like)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         terms = grads[0].reshape(-1)
         if terms.numel() == 2 and bool(terms[0] != terms[1]):
             raise RuntimeError("the z-loss and the loss have one gradient: minimise their sum, not one of them.")
-        upstream = terms[0]
-        gradients = [ctx.hidden_grad_ND, ctx.weight_grad_VD]
-        if all(gradient is None for gradient in gradients):
+        upstream, gradient = terms[0], ctx.gradient
+        if gradient is None:
             raise RuntimeError("backward through the chunked loss works once; run forward again.")
-        ctx.hidden_grad_ND = ctx.weight_grad_VD = None
+        ctx.gradient = None
         # On a device the comparison would wait for it, and the product is cheap there.
         if upstream.device.type != "cpu" or upstream.item() != 1.0:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(upstream)
-        return gradients[0], gradients[1], None, None, None, None
+            gradient.mul_(upstream)
+        return gradient, None, None
 
 
 def _losses_and_gradients(
@@ -160,6 +230,7 @@ def _losses_and_gradients(
     chunk_tokens: int,
     z_loss_coeff: float,
     needs_grad: tuple[bool, bool],
+    vocabulary: VocabularyPart | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(gradient of hidden, gradient of weight, loss). Per token, dlogits = w ((1 + 2 z logZ) softmax - onehot)."""
     num_tokens = hidden_ND.shape[0]
@@ -169,20 +240,21 @@ def _losses_and_gradients(
     weight_sum_VD = torch.empty_like(weight_VD, dtype=torch.float32) if needs_grad[1] else None
     summed = 0  # chunks in weight_sum_VD, whose memory the first one overwrites
     nll_N, log_z_N = torch.zeros_like(weights_N), torch.zeros_like(weights_N)
-    softmax = _ChunkSoftmax(weight_VD, min(chunk_tokens, max(num_tokens, 1)))
+    softmax = _ChunkSoftmax(weight_VD, min(chunk_tokens, max(num_tokens, 1)), vocabulary)
     for part in _chunks(num_tokens, chunk_tokens):
-        hidden_CD, labels_C, weights_C = hidden_ND[part], labels_N[part], weights_N[part, None]
-        if weights_N.device.type == "cpu" and not weights_C.any():
+        hidden_CD, labels_C, weights_C1 = hidden_ND[part], labels_N[part], weights_N[part, None]
+        if weights_N.device.type == "cpu" and not weights_C1.any():
             if hidden_grad_ND is not None:
                 hidden_grad_ND[part] = 0
             continue
-        grad_CV, nll_N[part], log_z_N[part] = softmax(hidden_CD, labels_C)
+        chunk = softmax(hidden_CD, labels_C)
+        grad_CV, nll_N[part], log_z_N[part] = chunk.softmax_CV, chunk.nll_C, chunk.log_z_C
         # In fp32 the token's weight is put on the narrow side of each product, which saves a pass over
         # the chunk; in fp16 it has to be in before the rounding.
         narrow = grad_CV.dtype == hidden_CD.dtype
-        _subtract_onehot(grad_CV, labels_C, log_z_N[part], z_loss_coeff, None if narrow else weights_C)
+        _subtract_onehot(chunk, z_loss_coeff, None if narrow else weights_C1)
         if narrow:
-            wide_CV, narrow_CD = grad_CV, hidden_CD * weights_C
+            wide_CV, narrow_CD = grad_CV, hidden_CD * weights_C1
         else:
             wide_CV, narrow_CD = softmax.logits_CV[: len(labels_C)].copy_(grad_CV), hidden_CD
         if weight_sum_VD is not None:
@@ -191,7 +263,7 @@ def _losses_and_gradients(
         if hidden_grad_ND is not None:
             torch.mm(wide_CV, weight_VD, out=hidden_grad_ND[part])
             if narrow:
-                hidden_grad_ND[part].mul_(weights_C)
+                hidden_grad_ND[part].mul_(weights_C1)
     if weight_sum_VD is not None and summed == 0:
         weight_sum_VD.zero_()
     weight_grad_VD = None if weight_sum_VD is None else weight_sum_VD.to(weight_VD.dtype)
@@ -208,14 +280,16 @@ def _accumulate(sum_VD: Tensor, wide_CV: Tensor, narrow_CD: Tensor, first: bool)
         sum_VD.add_(wide_CV.t() @ narrow_CD)
 
 
-def _subtract_onehot(
-    grad_CV: Tensor, labels_C: Tensor, log_z_C: Tensor, z_loss_coeff: float, weights_C1: Tensor | None
-) -> None:
+def _subtract_onehot(chunk: _Chunk, z_loss_coeff: float, weights_C1: Tensor | None) -> None:
     """softmax -> the logits' gradient, in place; without the token's weight where that is None."""
-    scale_C1 = 1 + 2 * z_loss_coeff * log_z_C[:, None] if z_loss_coeff else None
-    if weights_C1 is not None:
-        scale_C1 = weights_C1 if scale_C1 is None else weights_C1 * scale_C1
+    log_z_C1 = chunk.log_z_C[:, None]
+    scale_C1 = 1 + 2 * z_loss_coeff * log_z_C1 if z_loss_coeff else None
+    for factor_C1 in (chunk.share_C1, weights_C1):
+        if factor_C1 is not None:
+            scale_C1 = factor_C1 if scale_C1 is None else factor_C1 * scale_C1
     if scale_C1 is not None:
-        grad_CV.mul_(scale_C1)
-    onehot_C1 = torch.ones_like(log_z_C[:, None]) if weights_C1 is None else weights_C1
-    grad_CV.scatter_add_(1, labels_C[:, None], -onehot_C1)
+        chunk.softmax_CV.mul_(scale_C1)
+    onehot_C1 = torch.ones_like(log_z_C1) if weights_C1 is None else weights_C1
+    if chunk.is_here_C1 is not None:
+        onehot_C1 = onehot_C1 * chunk.is_here_C1
+    chunk.softmax_CV.scatter_add_(1, chunk.columns_C1, -onehot_C1)

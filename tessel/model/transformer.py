@@ -22,7 +22,7 @@ from tessel.model.attention import Attention, KeyValueCache, Visibility, run_len
 from tessel.model.config import ModelConfig
 from tessel.model.kernels import Kernels
 from tessel.model.layers import MLP, Embedding, Linear, RMSNorm
-from tessel.model.loss import chunked_linear_cross_entropy, chunked_nll
+from tessel.model.loss import VocabularyPart, chunked_linear_cross_entropy, chunked_nll
 from tessel.model.rope import Rope
 
 
@@ -190,6 +190,8 @@ class Transformer(nn.Module):
         self.config, self.loss_chunk_tokens = config, loss_chunk_tokens
         self.model = Decoder(config, kernels or Kernels(), attention_dropout, hidden_dropout, recompute)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        # Set where the head and the embedding hold some rows of the vocabulary only.
+        self.vocabulary: VocabularyPart | None = None
 
     @property
     def layers(self) -> nn.ModuleDict:
@@ -228,12 +230,20 @@ class Transformer(nn.Module):
         """
         hidden_BSE = self.model(tokens_BS, positions_BS, segments_BS, cache)
         if labels_BS is None:
-            return F.linear(hidden_BSE if logits == "all" else hidden_BSE[:, -1:], self.head_weight)
+            logits_BSV = F.linear(hidden_BSE if logits == "all" else hidden_BSE[:, -1:], self.head_weight)
+            return logits_BSV if self.vocabulary is None else self.vocabulary.join(logits_BSV)
         hidden_NE, labels_N = hidden_BSE.flatten(0, 1), labels_BS.flatten()
         if weights_BS is None:
-            return chunked_nll(hidden_NE, self.head_weight, labels_N, self.loss_chunk_tokens).view(labels_BS.shape)
+            nll_N = chunked_nll(hidden_NE, self.head_weight, labels_N, self.loss_chunk_tokens, self.vocabulary)
+            return nll_N.view(labels_BS.shape)
         return chunked_linear_cross_entropy(
-            hidden_NE, self.head_weight, labels_N, weights_BS.flatten(), self.loss_chunk_tokens, z_loss_coeff
+            hidden_NE,
+            self.head_weight,
+            labels_N,
+            weights_BS.flatten(),
+            self.loss_chunk_tokens,
+            z_loss_coeff,
+            self.vocabulary,
         )
 
     @torch.no_grad()
