@@ -97,7 +97,11 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What the checkpoint calls `model`: all but the head."""
+    """What the checkpoint calls `model`: all but the head.
+
+    `is_first`: it begins with the embedding; `is_last`: it ends with the norm. A pipeline's stage is
+    a part of it (see `model/stage.py`).
+    """
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.hidden_dropout, self.recompute = config, hidden_dropout, recompute
+        self.is_first = self.is_last = True
         selective = recompute is not None and recompute.granularity == "selective"
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict(
@@ -127,14 +132,20 @@ class Decoder(nn.Module):
         segments_BS: Tensor | None,
         cache: KeyValueCache | None,
     ) -> Tensor:
-        """Hidden states after the last norm, [B, S, E]."""
+        """Hidden states after the last norm, [B, S, E].
+
+        A part that is not the first takes the hidden states of the one before it in place of tokens; one
+        that is not the last returns what comes before the norm.
+        """
         if positions_BS is None:
             if cache is not None:
                 raise ValueError("with a cache, positions_BS must say where the tokens stand")
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
-        x_BSE = F.dropout(self.embed_tokens(tokens_BS), self.hidden_dropout, self.training)
+        x_BSE = tokens_BS
+        if self.is_first:
+            x_BSE = F.dropout(self.embed_tokens(tokens_BS), self.hidden_dropout, self.training)
         rope = self.rope(positions_BS, x_BSE.dtype)
-        visibility = self._visibility(tokens_BS, segments_BS, cache)
+        visibility = self._visibility(positions_BS, segments_BS, cache)
         layers = list(self.layers.values())
         units = self.recompute.units(len(layers)) if self.recompute and torch.is_grad_enabled() else []
         done = 0
@@ -142,19 +153,18 @@ class Decoder(nn.Module):
             x_BSE = checkpoint(_run, layers[first:last], x_BSE, rope, visibility, cache, use_reentrant=False)
             done = last
         x_BSE = _run(layers[done:], x_BSE, rope, visibility, cache)
-        out_BSE: Tensor = self.norm(x_BSE)
-        return out_BSE
+        return self.norm(x_BSE) if self.is_last else x_BSE
 
-    def _visibility(self, tokens_BS: Tensor, segments_BS: Tensor | None, cache: KeyValueCache | None) -> Visibility:
+    def _visibility(self, positions_BS: Tensor, segments_BS: Tensor | None, cache: KeyValueCache | None) -> Visibility:
         if cache is not None:
             return Visibility(segments_BS)
         # Reading the runs waits for the device, so only the CPU, where it pays most, goes by runs.
         by_run = segments_BS is not None and segments_BS.device.type == "cpu"
         visibility = Visibility(segments_BS, run_lengths(segments_BS) if by_run and segments_BS is not None else None)
         if visibility.run_lengths is None:
-            length = tokens_BS.shape[1]
+            length = positions_BS.shape[1]
             for window in {self.config.window(int(layer)) for layer in self.layers}:
-                visibility.mask(length, length, window, tokens_BS.device)
+                visibility.mask(length, length, window, positions_BS.device)
         return visibility
 
 
@@ -222,13 +232,17 @@ class Transformer(nn.Module):
           is 0 it may be anything. For fp16, put the loss scale into the weights.
         - labels alone: the nll of each token, fp32 [B, S], without gradients.
         - neither: logits [B, S, V], or [B, 1, V] with `logits="last"`, in the dtype of the weights.
+        - whatever is given, by a part that is not the last: hidden states [B, S, E]. One that is not the first
+          takes them in place of tokens; `positions_BS` then have to be given where S is cut.
 
         `positions_BS` are RoPE positions (0, 1, ... where not given; required with a cache).
         `segments_BS`, integers: a token sees the tokens up to itself that have its own number; None:
         all up to itself. With a cache, segments cover the cached and the new positions, and the new
         tokens are the last of them.
         """
-        hidden_BSE = self.model(tokens_BS, positions_BS, segments_BS, cache)
+        hidden_BSE: Tensor = self.model(tokens_BS, positions_BS, segments_BS, cache)
+        if not self.model.is_last:
+            return hidden_BSE
         if labels_BS is None:
             logits_BSV = F.linear(hidden_BSE if logits == "all" else hidden_BSE[:, -1:], self.head_weight)
             return logits_BSV if self.vocabulary is None else self.vocabulary.join(logits_BSV)
