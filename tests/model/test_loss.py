@@ -231,3 +231,13 @@ def test_one_of_the_two_terms_alone_has_no_gradient_of_its_own() -> None:
     loss = chunked_linear_cross_entropy(*make_inputs(20, 31, 12), z_loss_coeff=1e-2)
     with pytest.raises(RuntimeError, match="minimise their sum"):
         loss[0].backward()
+
+
+def test_the_two_gradients_one_after_the_other() -> None:
+    """As a pipeline's split backward asks for them: first that of the hidden states, then that of the weight."""
+    inputs = make_inputs(20, 31, 12)
+    expected = gradients_of(chunked_linear_cross_entropy(*inputs), *inputs[:2])
+    loss = chunked_linear_cross_entropy(*inputs)
+    (hidden_grad,) = torch.autograd.grad(loss, inputs[0], retain_graph=True)
+    (weight_grad,) = torch.autograd.grad(loss, inputs[1])
+    assert torch.equal(hidden_grad, expected[0]) and torch.equal(weight_grad, expected[1])
