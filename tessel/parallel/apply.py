@@ -64,16 +64,24 @@ def parallelize(
 def _own_parts(
     build: Callable[[], Transformer], config: ModelConfig, groups: Groups, stages: Stages, layout: Layout
 ) -> list[Transformer]:
-    from tessel.model.stage import keep_stage
-    from tessel.parallel.context import apply_context_parallel
-    from tessel.parallel.expert import apply_expert_parallel
-    from tessel.parallel.tensor import apply_tensor_parallel
+    parts = [build()]
+    if groups.pp is not None:
+        from tessel.model.stage import keep_stage
 
-    parts = [keep_stage(build(), stage) for stage in stages.of_rank(groups.place.pp)]
+        parts = [keep_stage(build(), stage) for stage in stages.of_rank(groups.place.pp)]
     for part in parts:
-        apply_tensor_parallel(part, config, groups, layout.sequence_parallel)
-        apply_expert_parallel(part, config, groups)
-        apply_context_parallel(part, groups, layout.cp_comm_type, layout.ulysses_degree_in_cp)
+        if groups.tp is not None:
+            from tessel.parallel.tensor import apply_tensor_parallel
+
+            apply_tensor_parallel(part, config, groups, layout.sequence_parallel)
+        if groups.ep is not None or groups.etp is not None:
+            from tessel.parallel.expert import apply_expert_parallel
+
+            apply_expert_parallel(part, config, groups)
+        if groups.cp is not None:
+            from tessel.parallel.context import apply_context_parallel
+
+            apply_context_parallel(part, groups, layout.cp_comm_type, layout.ulysses_degree_in_cp)
     return parts
 
 

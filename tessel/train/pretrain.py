@@ -18,18 +18,22 @@ from tessel.data.loader import Loader
 from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.model.config import ModelConfig
+from tessel.parallel.groups import Groups
 from tessel.runtime import device as devices
 from tessel.runtime import random as random_state
 from tessel.runtime.files import require_writable
 from tessel.runtime.log import log, warn_once
+from tessel.runtime.process import process_group
+from tessel.runtime.world import World
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
+from tessel.train.checks import check_layout
 from tessel.train.evaluation import Evaluator
 from tessel.train.flops import flops_per_token
 from tessel.train.identity import check_same_run, model_differences, run_identity
 from tessel.train.metrics import TrainingLog, tensorboard_tags_off
 from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler, build_schedules
-from tessel.train.setup import Learner, build_learner, compute_dtype, largest_gradient, model_config_of
+from tessel.train.setup import Learner, build_learner, compute_dtype, groups_of, largest_gradient, model_config_of
 from tessel.train.sinks import build_sinks, check_packages
 from tessel.train.source import Kind, Source, asked_model, check_save, find_source
 from tessel.train.step import TrainStep
@@ -49,21 +53,28 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
     source = find_source(cfg.checkpoint, cfg.model)
     model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
     _check_length(cfg, model_config)
+    world = World.from_environment()
+    topology = check_layout(cfg, model_config, world.world_size)
     device = devices.resolve(cfg.runtime.device)
     if cfg.precision.deterministic_mode:
         devices.set_deterministic()
     log(f"device: {devices.describe(device)}")
+    if topology.world_size > 1:
+        log(f"layout: {topology.describe()}")
     log(source.describe())
     tokenizer = load_tokenizer(cfg.tokenizer, source.model_folder, cfg.model.vocab_size)
     check_fits(tokenizer, model_config.vocab_size)
-    batch_size = batch_size_of(cfg.batch)
+    batch_size = batch_size_of(cfg.batch, topology.dp)
     train_iters = cfg.batch.train_iters or train_iters_for(cfg.batch.train_samples or 0, batch_size)
-    splits = build_datasets(cfg, tokenizer, num_samples_for(cfg, train_iters))
-    for dataset in splits:
-        check_dataset(dataset, model_config.vocab_size)
-    random_state.seed_all(cfg.precision.seed)
     with contextlib.ExitStack() as stack:
-        run = _Run(cfg, source, model_config, tokenizer, splits, device, stack)
+        if world.world_size > 1:
+            stack.enter_context(process_group(device, cfg.launch.distributed_timeout_minutes))
+        groups = groups_of(cfg, topology, model_config, device)
+        splits = build_datasets(cfg, tokenizer, num_samples_for(cfg, train_iters))
+        for dataset in splits:
+            check_dataset(dataset, model_config.vocab_size)
+        random_state.seed_all(cfg.precision.seed)
+        run = _Run(cfg, source, model_config, tokenizer, splits, device, groups, stack)
         run.train(batch_size, train_iters, started_s)
 
 
@@ -100,6 +111,7 @@ class _Run:
         tokenizer: Tokenizer,
         splits: Splits,
         device: torch.device,
+        groups: Groups | None,
         stack: contextlib.ExitStack,
     ) -> None:
         self._cfg = cfg
@@ -111,7 +123,7 @@ class _Run:
         self._stack = stack
         self._identity = run_identity(cfg, model_config, splits)
         self._saved_state = self._read_saved_state()
-        self._learner: Learner = build_learner(cfg, model_config, source, device, None, stack)
+        self._learner: Learner = build_learner(cfg, model_config, source, device, groups, stack)
         self._scheduler = self._build_scheduler()
 
     def _read_saved_state(self) -> dict[str, Any] | None:
@@ -160,7 +172,8 @@ class _Run:
         saver = self._saver(position if self._source.kind is Kind.RESUME else None)
         folder = metrics_path(cfg.checkpoint.save)
         off = tensorboard_tags_off(cfg.logging)
-        sinks = build_sinks(cfg.logging, cfg.to_dict(), folder, position.iteration, off)
+        peers = self._learner.peers
+        sinks = build_sinks(cfg.logging, cfg.to_dict(), folder, position.iteration, off) if peers.is_first else []
         for sink in sinks:
             self._stack.callback(sink.close)
         evaluator = self._evaluator(sinks, position)
@@ -203,6 +216,7 @@ class _Run:
             log_throughput=cfg.logging.log_throughput,
             flops_per_token=flops_per_token(self._model_config, cfg.batch.seq_length).causal,
             peak_flops=devices.peak_flops(self._device, compute_dtype(cfg.precision)),
+            num_devices=self._learner.peers.num_processes,
         )
         loader = self._loader(self._splits.train)
         return Parts(
@@ -212,7 +226,15 @@ class _Run:
 
     def _loader(self, dataset: Any) -> Loader:
         pin = self._device.type != "cpu"
-        loader = Loader(dataset, self._cfg, vocab_size=self._model_config.vocab_size, pin_memory=pin)
+        peers = self._learner.peers
+        loader = Loader(
+            dataset,
+            self._cfg,
+            vocab_size=self._model_config.vocab_size,
+            pin_memory=pin,
+            rank=peers.replica,
+            num_ranks=peers.num_replicas,
+        )
         return self._stack.enter_context(loader)
 
     def _evaluator(self, sinks: list[Any], position: Position) -> Evaluator:

@@ -92,7 +92,7 @@ class Trainer:
             if size != last_size:
                 self._save(parts.saver.on_new_batch_size)
                 last_size = size
-            result = self._train_on(self._fetch(size))
+            result = self._train_on(self._fetch(size), size)
             position.iteration += 1
             position.consumed_samples += size
             now_s = time.perf_counter()
@@ -115,14 +115,14 @@ class Trainer:
             parts.train_loader.prefetch(following, parts.batch_size.at(following), micro_batch_size)
         return [batch.to(parts.device) for batch in batches]
 
-    def _train_on(self, batches: list[MicroBatch]) -> StepResult:
+    def _train_on(self, batches: list[MicroBatch], size: int) -> StepResult:
         parts, position = self._parts, self.position
         parts.scheduler.apply(parts.learner.optimizer.param_groups)
         result = parts.step(batches)
         if not result.is_finite and not result.skipped:
             raise TesselError(self._not_finite(result, batches))
         if not result.skipped:
-            parts.scheduler.advance(sum(len(batch.tokens_BS) for batch in batches))
+            parts.scheduler.advance(size)
             parts.scheduler.apply(parts.learner.optimizer.param_groups)
         interval = parts.cfg.kernels.manual_gc_interval
         if parts.cfg.kernels.manual_gc and interval and (position.iteration + 1) % interval == 0:
