@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.tiles import tiled
 from tessel.config.layout import Layout
 from tessel.config.layout_rules import sharding_strategy_of
 from tessel.config.run import ModelShape, Precision, RunConfig, Tokenizer
@@ -227,11 +228,11 @@ def _load_weights(
                 "Take a smaller model or a larger machine."
             ) from error
         if source.kind is Kind.RANDOM:
-            initialize_(part, model_config, std=cfg.model.init_method_std, seed=cfg.precision.seed)
+            initialize_(part, model_config, cfg.model.init_method_std, cfg.precision.seed, tiles)
         else:
             assert source.folder is not None and source.iteration is not None
             weights = {f"model.{name}": parameter.detach() for name, parameter in part.named_parameters()}
-            run_checkpoint.load_tensors(source.folder, source.iteration, weights)
+            run_checkpoint.load_tensors(source.folder, source.iteration, tiled(weights, tiles))
 
 
 def largest_gradient(precision: Precision) -> float:
