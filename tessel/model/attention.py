@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tessel.model.config import ModelConfig
 from tessel.model.layers import Linear, RMSNorm
+from tessel.model.recompute import recomputed
 from tessel.model.rope import rotate
 
 # Under this mean length, one masked call is faster than a call for each segment (docs/LOG.md).
@@ -138,9 +138,9 @@ class Attention(nn.Module):
     computes with these.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, kernel: AttentionFn, dropout: float, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernel: AttentionFn, dropout: float) -> None:
         super().__init__()
-        self.layer, self.kernel, self.dropout, self.recompute = layer, kernel, dropout, recompute
+        self.layer, self.kernel, self.dropout, self.recompute = layer, kernel, dropout, False
         self.head_dim, self.window = config.head_dim, config.window(layer)
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.q_proj = Linear(hidden, heads * self.head_dim, config.attention_bias)
@@ -168,9 +168,6 @@ class Attention(nn.Module):
             k_BKGD, v_BKGD = cache.update(self.layer, k_BKGD, v_BKGD)
         dropout = self.dropout if self.training else 0.0
         arguments = (q_BSHD, k_BKGD, v_BKGD, visibility, self.window, dropout)
-        if self.recompute and torch.is_grad_enabled():
-            out_BSHD: Tensor = checkpoint(self.kernel, *arguments, use_reentrant=False)
-        else:
-            out_BSHD = self.kernel(*arguments)
+        out_BSHD = recomputed(self.kernel, *arguments) if self.recompute else self.kernel(*arguments)
         out_BSE: Tensor = self.o_proj(out_BSHD.flatten(2))
         return out_BSE

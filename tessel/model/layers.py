@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessel.model.config import ModelConfig
+from tessel.model.recompute import ACTIVATION, forgetting
+from tessel.model.recompute import MLP as WHOLE_MLP
 
 
 class Linear(nn.Module):
@@ -56,14 +58,27 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int | None = None) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, inner, bias = config.hidden_size, inner or config.intermediate_size, config.mlp_bias
         self.gate_proj = Linear(hidden, inner, bias)
         self.up_proj = Linear(hidden, inner, bias)
         self.down_proj = Linear(inner, hidden, bias)
+        self.recompute_activation = False
+
+    def save_memory(self, recomputes: frozenset[str]) -> None:
+        """What of it is recomputed: the activation, where not all of it is anyway."""
+        self.recompute_activation = ACTIVATION in recomputes and WHOLE_MLP not in recomputes
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         """[B, S, hidden_size] -> the same."""
-        out_BSE: Tensor = self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
+        gate, up = self.gate_proj(x_BSE), self.up_proj(x_BSE)
+        if self.recompute_activation:
+            return forgetting(gated, (gate, up), self.down_proj)
+        out_BSE: Tensor = self.down_proj(gated(gate, up))
         return out_BSE
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up

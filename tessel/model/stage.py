@@ -23,4 +23,5 @@ def keep_stage(model: Transformer, stage: Stage) -> Transformer:
     if not stage.is_last:
         del decoder.norm
         model.lm_head = None
+    decoder.save_memory()
     return model

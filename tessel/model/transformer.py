@@ -7,64 +7,23 @@ Shape suffixes: B batch, S sequence, E hidden size, V vocabulary rows, N = B x S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from tessel.config.run import Kernels as KernelOptions
-from tessel.errors import UsageError
 from tessel.model.attention import Attention, KeyValueCache, Visibility, run_lengths
 from tessel.model.config import ModelConfig
 from tessel.model.kernels import Kernels
 from tessel.model.layers import MLP, Embedding, Linear, RMSNorm
 from tessel.model.loss import VocabularyPart, chunked_linear_cross_entropy, chunked_nll
+from tessel.model.offload import Offload
+from tessel.model.recompute import CORE_ATTENTION, LAYERNORM, MOE, Recompute, forgetting, recomputed
+from tessel.model.recompute import MLP as WHOLE_MLP
 from tessel.model.rope import Rope
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """Which activations are computed again in backward instead of kept. Changes no number, dropout included.
-
-    selective: inside attention, between rotary positions and output projection. full, uniform:
-    every layer, `num_layers` in one unit, of which only the input is kept. full, block: each of the
-    first `num_layers` layers.
-    """
-
-    granularity: Literal["full", "selective"]
-    method: Literal["uniform", "block"] = "uniform"
-    num_layers: int = 1
-
-    @classmethod
-    def from_options(cls, options: KernelOptions) -> Recompute | None:
-        """From `--recompute-*`; None where nothing is recomputed.
-
-        Raises:
-            UsageError: full recomputation without a method, or a number of layers below 1.
-        """
-        granularity = options.recompute_granularity or ("selective" if options.recompute_activations else None)
-        if granularity is None:
-            return None
-        if granularity == "selective":
-            return cls("selective")
-        if options.recompute_method is None:
-            raise UsageError("--recompute-granularity full needs --recompute-method; give uniform or block.")
-        num_layers = 1 if options.recompute_num_layers is None else options.recompute_num_layers
-        if num_layers < 1:
-            raise UsageError(f"--recompute-num-layers {num_layers} must be at least 1.")
-        return cls("full", "block" if options.recompute_method == "block" else "uniform", num_layers)
-
-    def units(self, num_layers: int) -> list[tuple[int, int]]:
-        """The recomputed units as (first layer, layer after the last), counted from the first layer here."""
-        if self.granularity == "selective":
-            return []
-        if self.method == "block":
-            return [(layer, layer + 1) for layer in range(min(self.num_layers, num_layers))]
-        return [(first, min(first + self.num_layers, num_layers)) for first in range(0, num_layers, self.num_layers)]
 
 
 class Layer(nn.Module):
@@ -77,12 +36,14 @@ class Layer(nn.Module):
         kernels: Kernels,
         attention_dropout: float,
         hidden_dropout: float,
-        recompute_attention: bool,
+        offload: Offload | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_dropout = hidden_dropout
+        self.hidden_dropout, self.offload = hidden_dropout, offload
+        self.recomputes: frozenset[str] = frozenset()
+        self.swaps_attention = False
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, kernels.attention, attention_dropout, recompute_attention)
+        self.self_attn = Attention(config, layer, kernels.attention, attention_dropout)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -90,10 +51,35 @@ class Layer(nn.Module):
         self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], visibility: Visibility, cache: KeyValueCache | None = None
     ) -> Tensor:
         """[B, S, E] -> [B, S, E]."""
-        branch_BSE = self.self_attn(self.input_layernorm(x_BSE), rope, visibility, cache)
+        with self._swapped(x_BSE, rope, visibility):
+            branch_BSE = self._branch(self.input_layernorm, x_BSE, self.self_attn, rope, visibility, cache)
         x_BSE = x_BSE + F.dropout(branch_BSE, self.hidden_dropout, self.training)
-        branch_BSE = self.mlp(self.post_attention_layernorm(x_BSE))
+        branch_BSE = self._branch(self.post_attention_layernorm, x_BSE, self._mlp)
         return x_BSE + F.dropout(branch_BSE, self.hidden_dropout, self.training)
+
+    def save_memory(self, recomputes: frozenset[str], swaps_attention: bool) -> None:
+        """What of this layer is recomputed (see `Recompute.modules_of`); whether its attention is swapped out."""
+        self.recomputes, self.swaps_attention = recomputes, swaps_attention
+        self.self_attn.recompute = CORE_ATTENTION in recomputes
+        self.mlp.save_memory(recomputes)
+
+    def _branch(self, norm: nn.Module, x_BSE: Tensor, branch: Callable[..., Tensor], *rest: Any) -> Tensor:
+        if LAYERNORM not in self.recomputes:
+            return branch(norm(x_BSE), *rest)
+        hooks = None if self.offload is None else self.offload.current
+        return forgetting(norm, (x_BSE,), lambda y_BSE: branch(y_BSE, *rest), hooks)
+
+    def _mlp(self, x_BSE: Tensor) -> Tensor:
+        is_recomputed = (WHOLE_MLP if isinstance(self.mlp, MLP) else MOE) in self.recomputes
+        out_BSE: Tensor = recomputed(self.mlp, x_BSE) if is_recomputed else self.mlp(x_BSE)
+        return out_BSE
+
+    def _swapped(
+        self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], visibility: Visibility
+    ) -> AbstractContextManager[None]:
+        if self.offload is None or not self.swaps_attention:
+            return nullcontext()
+        return self.offload.region(self, (*rope, *visibility.masks.values()), x_BSE.device)
 
 
 class Decoder(nn.Module):
@@ -110,20 +96,31 @@ class Decoder(nn.Module):
         attention_dropout: float,
         hidden_dropout: float,
         recompute: Recompute | None,
+        offload: Offload | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.hidden_dropout, self.recompute = config, hidden_dropout, recompute
+        self.config, self.hidden_dropout = config, hidden_dropout
+        self.recompute, self.offload = recompute or Recompute(None), offload
         self.is_first = self.is_last = True
-        selective = recompute is not None and recompute.granularity == "selective"
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict(
             {
-                str(layer): Layer(config, layer, kernels, attention_dropout, hidden_dropout, selective)
+                str(layer): Layer(config, layer, kernels, attention_dropout, hidden_dropout, offload)
                 for layer in range(config.num_hidden_layers)
             }
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = Rope(config)
+        self.save_memory()
+
+    def save_memory(self) -> None:
+        """Deal out over the layers here what is recomputed and swapped out; again, when layers are taken away."""
+        num_layers = len(self.layers)
+        for number, layer in enumerate(self.layers.values()):
+            assert isinstance(layer, Layer)
+            swaps = self.offload is not None and self.offload.attention
+            is_whole = number < self.recompute.num_whole(num_layers)
+            layer.save_memory(self.recompute.modules_of(number, num_layers), swaps and not is_whole)
 
     def forward(
         self,
@@ -147,13 +144,25 @@ class Decoder(nn.Module):
         rope = self.rope(positions_BS, x_BSE.dtype)
         visibility = self._visibility(positions_BS, segments_BS, cache)
         layers = list(self.layers.values())
-        units = self.recompute.units(len(layers)) if self.recompute and torch.is_grad_enabled() else []
-        done = 0
-        for first, last in units:
-            x_BSE = checkpoint(_run, layers[first:last], x_BSE, rope, visibility, cache, use_reentrant=False)
-            done = last
-        x_BSE = _run(layers[done:], x_BSE, rope, visibility, cache)
+        if self.offload is not None:
+            self.offload.begin()
+        for first, last, is_whole in self.recompute.parts(len(layers)):
+            with self._offloaded(first, layers[first], rope, visibility, x_BSE.device):
+                arguments = (layers[first:last], x_BSE, rope, visibility, cache)
+                x_BSE = recomputed(_run, *arguments) if is_whole else _run(*arguments)
         return self.norm(x_BSE) if self.is_last else x_BSE
+
+    def _offloaded(
+        self,
+        number: int,
+        layer: nn.Module,
+        rope: tuple[Tensor, Tensor],
+        visibility: Visibility,
+        device: torch.device,
+    ) -> AbstractContextManager[None]:
+        if self.offload is None or number >= self.offload.num_layers:
+            return nullcontext()
+        return self.offload.region(layer, (*rope, *visibility.masks.values()), device)
 
     def _visibility(self, positions_BS: Tensor, segments_BS: Tensor | None, cache: KeyValueCache | None) -> Visibility:
         if cache is not None:
@@ -195,10 +204,11 @@ class Transformer(nn.Module):
         hidden_dropout: float = 0.0,
         recompute: Recompute | None = None,
         loss_chunk_tokens: int | None = None,
+        offload: Offload | None = None,
     ) -> None:
         super().__init__()
         self.config, self.loss_chunk_tokens = config, loss_chunk_tokens
-        self.model = Decoder(config, kernels or Kernels(), attention_dropout, hidden_dropout, recompute)
+        self.model = Decoder(config, kernels or Kernels(), attention_dropout, hidden_dropout, recompute, offload)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         # Set where the head and the embedding hold some rows of the vocabulary only.
         self.vocabulary: VocabularyPart | None = None
