@@ -11,8 +11,8 @@ from tessel.data.loader import Loader, MicroBatch
 from tessel.parallel.apply import release_gathered
 from tessel.runtime.log import log
 from tessel.train import metrics
+from tessel.train.learner import Learner
 from tessel.train.metrics import LM_LOSS
-from tessel.train.setup import Learner
 from tessel.train.sinks import TEST, VALIDATION, Sink
 from tessel.train.step import evaluation_sums
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
@@ -37,8 +36,9 @@ from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
 from tessel.train.gradients import Gradients
-from tessel.train.optimizer import build_optimizer, local, parameter_groups, state_by_name
-from tessel.train.scaler import GradScaler, build_scaler
+from tessel.train.learner import Learner, named_parameters
+from tessel.train.optimizer import build_optimizer, parameter_groups
+from tessel.train.scaler import build_scaler
 from tessel.train.source import Kind, Source
 
 
@@ -47,42 +47,6 @@ def compute_dtype(precision: Precision) -> torch.dtype:
     if precision.bf16:
         return torch.bfloat16
     return torch.float16 if precision.fp16 else torch.float32
-
-
-@dataclass(frozen=True)
-class Learner:
-    """This process's part of a model, what updates it, and the names under which a checkpoint holds both.
-
-    `parts`: one module for each pipeline stage of this process; the whole model where there are no pipelines.
-    `tiles`: which part of the whole each parameter is, before data parallelism cuts it further.
-    """
-
-    parts: tuple[Transformer, ...]
-    optimizer: torch.optim.Optimizer
-    scaler: GradScaler | None
-    dtype: torch.dtype
-    runner: Runner
-    gradients: Gradients
-    peers: Peers
-    tiles: Mapping[str, Tile]
-
-    def weights(self) -> dict[str, Tensor]:
-        """This process's parameters by name, fp32, not copies."""
-        return {name: parameter.detach() for name, parameter in named_parameters(self.parts).items()}
-
-    def tensors(self, with_optimizer: bool) -> dict[str, Tensor]:
-        """What a checkpoint of the run holds, not copies."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.weights().items()}
-        return tensors | self.optimizer_tensors() if with_optimizer else tensors
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's part of `tensors`: loading into it in place is loading the optimizer."""
-        return {f"optimizer.{name}": tensor for name, tensor in state_by_name(self.optimizer).items()}
-
-
-def named_parameters(parts: Sequence[Transformer]) -> dict[str, nn.Parameter]:
-    """The parameters of all parts by their names, which are the whole model's."""
-    return {name: parameter for part in parts for name, parameter in part.named_parameters()}
 
 
 def groups_of(cfg: RunConfig, topology: Topology, model_config: ModelConfig, device: torch.device) -> Groups | None:
@@ -216,7 +180,7 @@ def _load_weights(
     if source.kind is Kind.HUGGINGFACE:
         assert source.folder is not None
         for part in parts:
-            huggingface.load_into(part, source.folder, device)
+            huggingface.load_into(part, source.folder, device, tiles)
         return
     for part in parts:
         try:
@@ -244,11 +208,6 @@ def largest_gradient(precision: Precision) -> float:
     if precision.fp16 and not precision.accumulate_allreduce_grads_in_fp32:
         return torch.finfo(torch.float16).max
     return math.inf
-
-
-def full_weights(weights: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Whole tensors for export."""
-    return [(name, local(tensor)) for name, tensor in weights.items()]
 
 
 def model_config_of(

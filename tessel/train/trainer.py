@@ -19,12 +19,12 @@ from tessel.runtime.log import log
 from tessel.train import metrics
 from tessel.train.batch_size import BatchSize
 from tessel.train.evaluation import Evaluator
+from tessel.train.learner import Learner
 from tessel.train.metrics import LM_LOSS, StepMetrics, TrainingLog
 from tessel.train.optimizer import learning_rates
 from tessel.train.progress import RunProgress
 from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler
-from tessel.train.setup import Learner
 from tessel.train.sinks import Sink
 from tessel.train.step import StepResult, TrainStep
 from tessel.train.stop import StopRequest, signals_stop
