@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed import _functional_collectives as functional
 
 
 def copy_to(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -182,29 +181,42 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(grads[0], ctx.group, ctx.input_splits, ctx.output_splits), None, None, None
 
 
+# torch's functional collectives are operators that a compiler knows; each result has to be waited for.
 def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    return _waited(functional.all_reduce(x.contiguous(), "sum", group))
+    return _waited(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.group_name))
 
 
 def _all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    return _waited(functional.all_gather_tensor(x.contiguous(), dim % x.dim(), group))
+    y = _waited(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+    return y if dim % x.dim() == 0 else torch.cat(y.chunk(group.size()), dim)
 
 
 def _reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    return _waited(functional.reduce_scatter_tensor(x.contiguous(), "sum", dim % x.dim(), group))
+    parts = _parts(x, group, dim)
+    if dim % x.dim():
+        x = torch.cat(parts)
+    y = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+    return _waited(y)
 
 
 def _exchange(x: Tensor, group: ProcessGroup, output: list[int] | None, input_: list[int] | None) -> Tensor:
-    return _waited(functional.all_to_all_single(x.contiguous(), output, input_, group))
+    even = [x.shape[0] // group.size()] * group.size()
+    y = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), output or even, input_ or even, group.group_name)
+    return _waited(y)
 
 
 def _own_part(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    return x.chunk(group.size(), dim)[group.rank()].contiguous()
+    return _parts(x, group, dim)[group.rank()].contiguous()
+
+
+def _parts(x: Tensor, group: ProcessGroup, dim: int) -> tuple[Tensor, ...]:
+    if x.shape[dim] % group.size():
+        raise ValueError(
+            f"dim {dim} of {tuple(x.shape)} is not a multiple of {group.size()}, the processes to share it."
+        )
+    return x.chunk(group.size(), dim)
 
 
 def _waited(x: Tensor) -> Tensor:
-    """Outside a compiled region a functional collective gives a handle that waits when it is used; wait now."""
-    if isinstance(x, functional.AsyncCollectiveTensor):
-        plain: Tensor = x.wait()
-        return plain
-    return x
+    y: Tensor = torch.ops._c10d_functional.wait_tensor(x)
+    return y

@@ -81,6 +81,12 @@ def uneven_exchange() -> None:
     assert torch.equal(grad, [torch.cat([back[0][:1], back[1]]), back[0][1:]][rank])
 
 
+def uneven_parts() -> None:
+    for function in (collectives.scatter_to, collectives.split_to):
+        with pytest.raises(ValueError, match=r"dim 1 of \(4, 3\) is not a multiple of 2"):
+            function(torch.zeros(4, 3), distributed.group.WORLD, 1)
+
+
 def in_other_precisions() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.full((4, 2), 1.5, dtype=dtype)
@@ -107,7 +113,7 @@ def compiled() -> None:
     torch.testing.assert_close(fast.grad, plain.grad)
 
 
-@pytest.mark.parametrize("function", [every_pair, uneven_exchange, in_other_precisions, compiled])
+@pytest.mark.parametrize("function", [every_pair, uneven_exchange, uneven_parts, in_other_precisions, compiled])
 def test_two_ranks(function: Callable[[], None]) -> None:
     run(2, function)
 
