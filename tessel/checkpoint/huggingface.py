@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tessel.checkpoint.metadata import read_side_files, write_metadata
 from tessel.checkpoint.safetensors import write_file
+from tessel.checkpoint.tiles import local_of, part_of, whole_tile
 from tessel.checkpoint.weights import (
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX,
@@ -20,6 +21,7 @@ from tessel.checkpoint.weights import (
     read_tensors,
 )
 from tessel.errors import TesselError
+from tessel.layout.tiles import Tile
 from tessel.model.config import ModelConfig
 from tessel.runtime.files import atomic_folder
 from tessel.runtime.log import progress
@@ -42,12 +44,21 @@ _COMPUTED_SUFFIXES = (".rotary_emb.inv_freq",)
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def load_into(model: nn.Module, folder: str | Path, device: torch.device | str = "cpu") -> None:
+def load_into(
+    model: nn.Module,
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    tiles: Mapping[str, Tile] | None = None,
+) -> None:
     """Give every parameter of `model` the value it has in a Hugging Face folder.
 
     Parameters are filled where they are, in their own dtype; those on the meta device are made on
     `device`. Files are memory-mapped and converted tensor by tensor, so that the peak of private
     memory is the model itself and one tensor.
+
+    `tiles`, of every parameter of the whole model by name: `model` is a part of it, its parameters are
+    tiles, or DTensors that share a tile out, and only what they hold is read. Vocabulary padding is zero.
+    The whole folder must fit all the same.
 
     A model without a parameter `lm_head.weight` is a tied one; a copy of its embedding under that
     name is then passed over.
@@ -58,40 +69,46 @@ def load_into(model: nn.Module, folder: str | Path, device: torch.device | str =
     """
     folder = Path(folder)
     parameters = dict(model.named_parameters())
-    stored = _matching(folder, parameters)
+    if tiles is None:
+        tiles = {name: whole_tile(tuple(parameter.shape)) for name, parameter in parameters.items()}
+    stored = _matching(folder, tiles, parameters.keys())
     with (
         progress("reading weights", sum(parameter.numel() for parameter in parameters.values())) as bar,
         torch.no_grad(),
     ):
         for name, parameter in parameters.items():
-            source = stored[name].read()
             if parameter.is_meta:
-                value = source.to(device, parameter.dtype, copy=True)
+                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                _fill(value, tiles[name], stored[name])
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(value, parameter.requires_grad))
             else:
-                parameter.copy_(source)
+                _fill(parameter, tiles[name], stored[name])
             bar.advance(parameter.numel())
 
 
-def _matching(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+def _fill(tensor: Tensor, tile: Tile, stored: StoredTensor) -> None:
+    """Read what `tensor` holds of the parameter; the rest of it is padding."""
+    part, local = part_of(tensor, tile), local_of(tensor)
+    if part.values.shape != local.shape:
+        local.zero_()
+    part.values.copy_(stored.read(part.index()))
+
+
+def _matching(folder: Path, tiles: Mapping[str, Tile], own: Collection[str]) -> dict[str, StoredTensor]:
     """The stored tensor of every parameter, after all that could be wrong was looked for."""
     stored = {name: info for name, info in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
-    if HEAD not in parameters and HEAD in stored:
-        _drop_tied_head(folder, stored)
-    missing = [name for name in parameters if name not in stored]
+    if HEAD not in tiles and HEAD in stored:
+        _drop_tied_head(folder, stored, tiles[EMBEDDING].index() if EMBEDDING in own else None)
+    missing = [name for name in tiles if name not in stored]
     if missing == [HEAD]:
         raise TesselError(
             f"{folder} has no {HEAD}, and its config.json says tie_word_embeddings: false. If the model's output "
             'layer is its embedding, write "tie_word_embeddings": true there; else take a complete copy of the weights.'
         )
-    surplus = [name for name in stored if name not in parameters]
-    both = [(name, parameter, stored[name]) for name, parameter in parameters.items() if name in stored]
-    misshapen = [
-        f"{name} is {info.shape} and should be {tuple(parameter.shape)}"
-        for name, parameter, info in both
-        if info.shape != tuple(parameter.shape)
-    ]
+    surplus = [name for name in stored if name not in tiles]
+    both = [(name, tile.shape, stored[name]) for name, tile in tiles.items() if name in stored]
+    misshapen = [f"{name} is {info.shape} and should be {shape}" for name, shape, info in both if info.shape != shape]
     unreadable = [
         f"{name} is {str(info.dtype).removeprefix('torch.')}" for name, _, info in both if info.dtype not in _READABLE
     ]
@@ -113,14 +130,17 @@ def _matching(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Store
     return stored
 
 
-def _drop_tied_head(folder: Path, stored: dict[str, StoredTensor]) -> None:
-    """Some tools save a tied matrix under both names, or under the head's alone."""
+def _drop_tied_head(folder: Path, stored: dict[str, StoredTensor], own: tuple[slice, ...] | None) -> None:
+    """Some tools save a tied matrix under both names, or under the head's alone. `own`: what this process reads."""
     head = stored.pop(HEAD)
     if EMBEDDING not in stored:
         stored[EMBEDDING] = head
         return
     embedding = stored[EMBEDDING]
-    if head.shape != embedding.shape or head.dtype != embedding.dtype or not torch.equal(head.read(), embedding.read()):
+    alike = head.shape == embedding.shape and head.dtype == embedding.dtype
+    if alike and own is not None:
+        alike = torch.equal(head.read(own), embedding.read(own))
+    if not alike:
         raise TesselError(
             f"config.json in {folder} says tie_word_embeddings: true, but {HEAD} differs from {EMBEDDING}. "
             'Write "tie_word_embeddings": false there if the model has an output layer of its own, '

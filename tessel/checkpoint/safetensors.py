@@ -57,23 +57,31 @@ class TensorInfo:
     begin: int
     num_bytes: int
 
-    def read(self) -> Tensor:
-        """The tensor, memory-mapped: pages come from the file when touched, and writes stay in this process."""
-        if self.num_bytes == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        page_begin = self.begin - self.begin % mmap.ALLOCATIONGRANULARITY
-        lead = self.begin - page_begin
+    def read(self, index: tuple[slice, ...] | None = None) -> Tensor:
+        """The tensor, or the box of it that `index` says, memory-mapped.
+
+        Pages come from the file when touched, and writes stay in this process. `index` has a slice without
+        a step for every dim; rows outside of it are not even mapped.
+        """
+        shape, begin, num_bytes = self.shape, self.begin, self.num_bytes
+        if index is not None and shape:
+            rows, row_bytes = index[0], num_bytes // max(shape[0], 1)
+            begin, shape = begin + rows.start * row_bytes, (rows.stop - rows.start, *shape[1:])
+            num_bytes = shape[0] * row_bytes
+        inner = () if index is None else (slice(None), *index[1:])
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=self.dtype)[inner]
+        page_begin = begin - begin % mmap.ALLOCATIONGRANULARITY
+        lead = begin - page_begin
         with open(self.path, "rb") as file:
-            pages = mmap.mmap(file.fileno(), lead + self.num_bytes, access=mmap.ACCESS_COPY, offset=page_begin)
+            pages = mmap.mmap(file.fileno(), lead + num_bytes, access=mmap.ACCESS_COPY, offset=page_begin)
         if lead % self.dtype.itemsize:
-            # An odd header length puts elements at odd addresses, which kernels may not assume: copy this one.
-            flat = (
-                torch.frombuffer(pages, dtype=torch.uint8, count=self.num_bytes, offset=lead).clone().view(self.dtype)
-            )
-        else:
-            count = self.num_bytes // self.dtype.itemsize
-            flat = torch.frombuffer(pages, dtype=self.dtype, count=count, offset=lead)
-        return flat.view(self.shape)
+            # An odd header length puts elements at odd addresses, which kernels may not assume: copy these.
+            raw = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes, offset=lead)
+            taken = raw.view(*shape, self.dtype.itemsize)[inner].clone(memory_format=torch.contiguous_format)
+            return taken.view(self.dtype).squeeze(-1)
+        flat = torch.frombuffer(pages, dtype=self.dtype, count=num_bytes // self.dtype.itemsize, offset=lead)
+        return flat.view(shape)[inner]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

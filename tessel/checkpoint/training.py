@@ -1,20 +1,24 @@
 """Checkpoints of a run: torch.distributed.checkpoint by global parameter names, beside a little JSON.
 
     SAVE/latest_checkpointed_iteration.txt   the iteration to resume from, as Megatron's tracker
-    SAVE/iter_0000100/__0_0.distcp .metadata  tensors: model.NAME, optimizer.MOMENT.NAME
+    SAVE/iter_0000100/__0_0.distcp .metadata  tensors: model.NAME, optimizer.MOMENT.NAME; a file of each process
                       run.json               counters, schedule, loss scale, what the run is
-                      rng.pt                 random state
+                      rng.pt                 random state, of each process
                       huggingface/           config.json and tokenizer files: the way back
 
 A folder appears whole or not at all, and the tracker moves only after it: a run that is killed
-while saving goes on from the checkpoint before.
+while saving goes on from the checkpoint before. Whole parameters by name are what is saved, so that
+any layout reads what another wrote. Processes that share no storage each have such a folder on
+every node, with the pieces of that node's processes; `save_id` in run.json says which belong together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
+import secrets
 import shutil
 import struct
 import threading
@@ -26,11 +30,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tessel.checkpoint import safe_pickle
+from tessel.checkpoint.tiles import LoadPlans, SavePlans, SliceReader
 from tessel.errors import TesselError
 from tessel.runtime.files import atomic_folder, atomic_write, disk_errors
+from tessel.runtime.team import Team
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE_FILE = "run.json"
@@ -39,22 +44,11 @@ HF_FOLDER = "huggingface"
 # The trained model, ready for `from_pretrained`, beside the checkpoints.
 EXPORT_FOLDER = "hf"
 STATE_KEYS = ("iteration", "consumed_train_samples", "scheduler", "scaler", "identity")
+# Under this key rng.pt has the state of each process, by rank; that of one process alone lies at the top.
+_BY_RANK = "by_rank"
 # What torch.load and DCP raise for a file that is missing, cut short or something else.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError)
 _ITERATION = re.compile(r"iter_(\d{7,})")
-
-
-class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, with its pickled index read through the allow-list (tensors are weights_only already)."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        with open(path, "rb") as file:
-            metadata = cast(Metadata, safe_pickle.load(file, safe_pickle.DCP_METADATA_GLOBALS, str(path)))
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
@@ -110,22 +104,65 @@ def save(
     rng: Mapping[str, Any] | None,
     write_hf_metadata: Callable[[Path], None],
     keep_last_k: int | None,
+    team: Team | None = None,
+    on_copied: Callable[[], None] | None = None,
 ) -> None:
     """Write the checkpoint of `iteration`, then move the tracker, then drop the oldest beyond `keep_last_k`.
 
-    `tensors` may be DTensors. Raises TesselError on a full disk; what was there before stays.
+    Every process of `team` calls it with its own `tensors` (whole ones, DTensors, or pieces: see
+    `tiles.tiled`) and its own `rng`. What several hold is written once. With `on_copied`, what this
+    process writes is copied to host memory first, and `on_copied` is called when the tensors may change.
+
+    Raises:
+        TesselError: a disk is full, or machines do not share the folder; on all processes. What was there stays.
     """
+    team = team or Team()
     target = iteration_folder(folder, iteration)
-    with disk_errors(target), atomic_folder(target) as temporary:
-        with warnings.catch_warnings():
-            # One process saves alone, and DCP would warn of it at each save.
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
+    with contextlib.ExitStack() as stack:  # after an error, the temporary folder goes
+        temporary = Path(team.writer(lambda: str(stack.enter_context(atomic_folder(target)))))
+        team.each(lambda: _write_tensors(temporary, target, tensors, team, on_copied))
+        save_id = team.first(lambda: secrets.token_hex(8))
+        states = None if rng is None else team.gather(dict(rng))
+
+        def write_rest() -> None:
+            if states is not None:
+                torch.save(states[0] if team.size == 1 else {_BY_RANK: states}, temporary / RNG_FILE)
+            write_hf_metadata(temporary / HF_FOLDER)
+            (temporary / STATE_FILE).write_text(json.dumps({**state, "save_id": save_id}, indent=2) + "\n")
+
+        team.writer(write_rest)
+        team.writer(stack.close)  # synced, and renamed to `target`
+    team.writer(lambda: _move_tracker(folder, iteration, keep_last_k))
+
+
+def _write_tensors(
+    temporary: Path, target: Path, tensors: Mapping[str, Tensor], team: Team, on_copied: Callable[[], None] | None
+) -> None:
+    """This process's share of the pieces; an error of any of the neighbours is raised on the one that writes."""
+    plans = SavePlans(on_copied=on_copied, partial=not team.shares_storage)
+    alone = team.neighbours is None
+    with disk_errors(target), warnings.catch_warnings():
+        # One process saves alone, and DCP would warn of it at each save.
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
+        try:
             writer = dcp.FileSystemWriter(temporary, sync_files=True)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-        if rng is not None:
-            torch.save(dict(rng), temporary / RNG_FILE)
-        write_hf_metadata(temporary / HF_FOLDER)
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            metadata = dcp.save(
+                dict(tensors), storage_writer=writer, planner=plans, process_group=team.neighbours, no_dist=alone
+            )
+        except dcp.CheckpointException as failed:
+            # It is a BaseException that prints a traceback of every rank.
+            if team.writes:
+                raise next(iter(failed.failures.values()))[0] from failed
+            return
+    stored = {info.relative_path for info in metadata.storage_data.values()}
+    if team.writes and any(not (temporary / name).is_file() for name in stored):
+        raise TesselError(
+            f"{target} lacks files that other processes have just written there: the machines do not share that "
+            "folder. Give --save a folder that they share, or pass --no-shared-storage."
+        )
+
+
+def _move_tracker(folder: Path, iteration: int, keep_last_k: int | None) -> None:
     with atomic_write(folder / TRACKER) as temporary:
         temporary.write_text(f"{iteration}\n")
     if keep_last_k is not None:
@@ -139,8 +176,12 @@ def _prune(folder: Path, keep_last_k: int, newest: int) -> None:
         shutil.rmtree(iteration_folder(folder, iteration))
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed save or export left behind."""
+def clear_unfinished(folder: Path, team: Team | None = None) -> None:
+    """Remove what a killed save or export left behind. All processes of `team` call it."""
+    (team or Team()).writer(lambda: _clear(folder))
+
+
+def _clear(folder: Path) -> None:
     for pattern in (".iter_*", ".hf*"):
         for entry in folder.glob(pattern):
             if entry.is_dir() and entry.name.endswith((".tmp", ".old")):
@@ -172,31 +213,88 @@ def _damaged(path: Path, why: object) -> TesselError:
     )
 
 
-def read_rng(folder: Path, iteration: int) -> dict[str, Any] | None:
-    """The random state that `save` was given; None if it was saved without."""
+def require_one_save(folder: Path, iteration: int, layout: Mapping[str, Any], team: Team) -> None:
+    """Refuse to go on where the nodes' own folders are not of one save, or of another layout than this run's.
+
+    `layout` is what run.json says under that key. Does nothing on shared storage.
+
+    Raises:
+        TesselError: on all processes; names the nodes that lack the checkpoint or have another save of it.
+    """
+    if team.shares_storage:
+        return
+    found = team.each(lambda: _save_and_layout(folder, iteration))
+    of_node = [found[ranks[0]] for ranks in team.nodes]
+    where = iteration_folder(folder, iteration)
+    lacking = [str(node) for node, (save_id, _) in enumerate(of_node) if save_id is None]
+    if lacking:
+        raise TesselError(
+            f"Not every machine has {where}: node {', '.join(lacking)} lacks it, and --no-shared-storage needs each "
+            "node's own part. Copy it back there, or choose an iteration that all have with --ckpt-step."
+        )
+    ids = [save_id for save_id, _ in of_node]
+    if len(set(ids)) > 1:
+        usual = max(set(ids), key=ids.count)
+        other = [str(node) for node, save_id in enumerate(ids) if save_id != usual]
+        raise TesselError(
+            f"{where} on node {', '.join(other)} is of another save than on the other nodes. Choose an iteration that "
+            "all have of the same save with --ckpt-step, or start anew with --no-resume."
+        )
+    saved = of_node[0][1]
+    if saved != dict(layout):
+        names = [key for key in sorted({*(saved or {}), *layout}) if (saved or {}).get(key) != layout.get(key)]
+        raise TesselError(
+            f"{where} lies on the nodes in the pieces of the layout that it was saved on, and this run's differs in "
+            f"{', '.join(names)}. Go on with the layout of the save, or bring the folders of all nodes together."
+        )
+
+
+def _save_and_layout(folder: Path, iteration: int) -> tuple[str | None, dict[str, Any] | None]:
+    if iteration not in saved_iterations(folder):
+        return None, None
+    state = read_state(folder, iteration)
+    return state.get("save_id", ""), state.get("layout")
+
+
+def read_rng(folder: Path, iteration: int, rank: int = 0, same_layout: bool = True) -> dict[str, Any] | None:
+    """The random state that the process `rank` gave to `save`; None if it was saved without.
+
+    On another layout the processes' own generators mean nothing: only what all processes have alike is
+    given then, Python's and NumPy's.
+    """
     path = iteration_folder(folder, iteration) / RNG_FILE
     if not path.is_file():
         return None
     try:
-        return cast(dict[str, Any], torch.load(path, weights_only=True))
+        content = cast(dict[str, Any], torch.load(path, weights_only=True))
+        states = content.get(_BY_RANK, {0: content})
+        if same_layout:
+            return cast(dict[str, Any], states[rank])
+        return {key: value for key, value in states[min(states)].items() if key.startswith(("python_", "numpy_"))}
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
 def holds_optimizer(folder: Path, iteration: int) -> bool:
     """Whether the checkpoint has the optimizer's state."""
-    stored = SafeReader(iteration_folder(folder, iteration)).read_metadata().state_dict_metadata
+    stored = SliceReader(iteration_folder(folder, iteration)).read_metadata().state_dict_metadata
     return any(name.startswith("optimizer.") for name in stored)
 
 
-def load_tensors(folder: Path, iteration: int, tensors: Mapping[str, Tensor]) -> None:
-    """Fill `tensors` in place.
+def load_tensors(folder: Path, iteration: int, tensors: Mapping[str, Tensor], team: Team | None = None) -> None:
+    """Fill `tensors` in place: whole ones, DTensors, or pieces (see `tiles.tiled`), whatever layout saved them.
+
+    Each process reads its own elements alone.
 
     Raises:
-        TesselError: some are not in the checkpoint or have another shape; they are listed.
+        TesselError: some are not in the checkpoint or have another shape; they are listed. On all processes
+            of `team`.
     """
-    path = iteration_folder(folder, iteration)
-    reader = SafeReader(path)
+    (team or Team()).each(lambda: _load_own(iteration_folder(folder, iteration), tensors))
+
+
+def _load_own(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    reader = SliceReader(path)
     stored = reader.read_metadata().state_dict_metadata
     wrong = []
     for name, tensor in tensors.items():
@@ -211,7 +309,7 @@ def load_tensors(folder: Path, iteration: int, tensors: Mapping[str, Tensor]) ->
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
         try:
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+            dcp.load(dict(tensors), storage_reader=reader, planner=LoadPlans(), no_dist=True)
         except dcp.CheckpointException as failed:
             # It is a BaseException that prints a traceback of every rank; one process has one cause.
             cause = next(iter(failed.failures.values()))[0]
@@ -227,19 +325,25 @@ class BackgroundSave:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(self, tensors: Mapping[str, Tensor], save_copies: Callable[[dict[str, Tensor]], None]) -> None:
-        """Wait for the save before, copy `tensors` to host memory, and call `save_copies` with them on a thread."""
+    def start(self, save: Callable[[Callable[[], None]], None]) -> None:
+        """Wait for the save before, and call `save(on_copied)` on a thread.
+
+        Returns when `on_copied` has been called: the tensors may change then. A failure is raised by `wait`.
+        """
         self.wait()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        copied = threading.Event()
 
         def run() -> None:
             try:
-                save_copies(copies)
+                save(copied.set)
             except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
                 self._error = error
+            finally:
+                copied.set()
 
         self._thread = threading.Thread(target=run, name="checkpoint writer")
         self._thread.start()
+        copied.wait()
 
     def wait(self) -> None:
         """Wait until the save is on disk; raises what it raised."""

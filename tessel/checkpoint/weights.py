@@ -56,8 +56,8 @@ class StoredTensor(Protocol):
     @property
     def path(self) -> Path: ...
 
-    def read(self) -> Tensor:
-        """The tensor on the CPU, memory-mapped."""
+    def read(self, index: tuple[slice, ...] | None = None) -> Tensor:
+        """The tensor on the CPU, or the box of it that `index` says, memory-mapped."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class BinTensor:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def read(self) -> Tensor:
-        """The tensor, memory-mapped."""
-        return self.tensor
+    def read(self, index: tuple[slice, ...] | None = None) -> Tensor:
+        """The tensor, or the box of it that `index` says, memory-mapped."""
+        return self.tensor if index is None else self.tensor[index]
 
 
 def named(names: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,26 @@ from torch import Tensor
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.gather import write_whole
+from tessel.checkpoint.tiles import tiled
 from tessel.config.run import Checkpoint
 from tessel.model.config import ModelConfig
 from tessel.runtime import random as random_state
 from tessel.runtime.log import log
+from tessel.runtime.team import Team
 from tessel.train import metrics
+from tessel.train.learner import Learner
 from tessel.train.schedule import Scheduler
-from tessel.train.setup import Learner, full_weights
 
 FORMAT = "torch_dcp"
 
 
 class RunSaver:
-    """Writes under --save; does nothing without it."""
+    """Writes under --save; does nothing without it. All processes call it together, and each adds what it holds.
+
+    `team` are the processes of the run, and `background_team` the same ones once more, for --async-save: a
+    thread talks to the others over groups of its own.
+    """
 
     def __init__(
         self,
@@ -37,6 +44,8 @@ class RunSaver:
         device: torch.device,
         resumed_iteration: int | None,
         model_source: Path | None = None,
+        team: Team | None = None,
+        background_team: Team | None = None,
     ) -> None:
         self._flags = checkpoint
         self._folder = Path(checkpoint.save) if checkpoint.save else None
@@ -49,6 +58,8 @@ class RunSaver:
         self._description = dict(description)
         self._device = device
         self._saved_iteration = resumed_iteration
+        self._team = team or Team()
+        self._background_team = background_team or Team()
         self._background = run_checkpoint.BackgroundSave()
 
     def on_new_batch_size(self, iteration: int, consumed_samples: int) -> None:
@@ -85,27 +96,30 @@ class RunSaver:
         started_s = time.perf_counter()
         state = self._state(iteration, consumed_samples)
         rng = None if self._flags.no_save_rng else random_state.get_state(self._device)
-        tensors = self._learner.tensors(with_optimizer=not self._flags.no_save_optim)
+        tensors = tiled(self._learner.tensors(with_optimizer=not self._flags.no_save_optim), self._learner.tiles)
         log(metrics.saving_line(iteration, folder, FORMAT))
-        write = self._writer(folder, iteration, state, rng)
-        if self._flags.async_save:
-            self._background.start(tensors, write)
-        else:
-            write(tensors)
-        self._saved_iteration = iteration
-        elapsed_ms = (time.perf_counter() - started_s) * 1000.0
-        log(metrics.timer_lines({"save-checkpoint": (elapsed_ms, elapsed_ms)}))
 
-    def _writer(
-        self, folder: Path, iteration: int, state: Mapping[str, Any], rng: Mapping[str, Any] | None
-    ) -> Callable[[Mapping[str, Tensor]], None]:
-        def write(tensors: Mapping[str, Tensor]) -> None:
+        def write(team: Team, on_copied: Callable[[], None] | None) -> None:
             run_checkpoint.save(
-                folder, iteration, tensors, state, rng, self._write_hf_metadata, self._flags.keep_last_k
+                folder,
+                iteration,
+                tensors,
+                state,
+                rng,
+                self._write_hf_metadata,
+                self._flags.keep_last_k,
+                team,
+                on_copied,
             )
             log(metrics.saved_line(iteration, folder))
 
-        return write
+        if self._flags.async_save:
+            self._background.start(lambda on_copied: write(self._background_team, on_copied))
+        else:
+            write(self._team, None)
+        self._saved_iteration = iteration
+        elapsed_ms = (time.perf_counter() - started_s) * 1000.0
+        log(metrics.timer_lines({"save-checkpoint": (elapsed_ms, elapsed_ms)}))
 
     def _state(self, iteration: int, consumed_samples: int) -> dict[str, Any]:
         scaler = self._learner.scaler
@@ -120,8 +134,11 @@ class RunSaver:
         huggingface.write_metadata(folder, self._model_config, self._learner.dtype, self._side_files)
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder in the precision of training, and say so."""
-        weights = full_weights(self._learner.weights())
-        huggingface.export(weights, self._model_config, folder, self._learner.dtype, self._side_files)
+        """Write a Hugging Face folder in the precision of training, on the first process, and say so."""
+
+        def write(weights: Iterator[tuple[str, Tensor]]) -> None:
+            huggingface.export(weights, self._model_config, folder, self._learner.dtype, self._side_files)
+
+        write_whole(self._learner.weights(), self._learner.tiles, self._learner.dtype, write, self._team)
         without = " (without tokenizer: none was used)" if not self._has_tokenizer else ""
         log(f"wrote the Hugging Face folder {folder}{without}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
@@ -14,6 +16,7 @@ from tessel.config.run import Checkpoint, ModelShape
 from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
 from tessel.runtime.files import require_path, require_writable
+from tessel.runtime.team import Team
 
 
 class Kind(Enum):
@@ -68,6 +71,39 @@ def find_source(checkpoint: Checkpoint, model: ModelShape) -> Source:
     if (load / "config.json").is_file() and any((load / name).is_file() for name in WEIGHT_FILES):
         return Source(Kind.HUGGINGFACE, load, None, load)
     raise TesselError(_no_weights(load))
+
+
+def agreed(source: Source, layout: Mapping[str, Any], team: Team) -> Source:
+    """What all processes start from, when each has found `source`: machines may not see the same folders.
+
+    A run that was killed while the nodes moved their trackers goes on from the newer checkpoint, which all
+    of them have then. `layout` is what the run writes under that key of run.json.
+
+    Raises:
+        TesselError: they see different things, or the nodes' own checkpoints are not of one save; on all.
+    """
+    found = team.each(lambda: (source.kind.value, str(source.folder), source.iteration))
+    if team.shares_storage and len(set(found)) > 1:
+        other = next(rank for rank, what in enumerate(found) if what != found[0])
+        raise TesselError(
+            f"Processes see different things in the same folders: process 0 would start from {_words(found[0])}, "
+            f"process {other} from {_words(found[other])}. Give folders that all machines share, or pass "
+            "--no-shared-storage."
+        )
+    runs = [what for what in found if what[2] is not None]
+    if not runs:
+        return source
+    kind, folder, iteration = max(runs, key=lambda what: (what[0] == Kind.RESUME.value, what[2] or 0))
+    assert iteration is not None
+    run_checkpoint.require_one_save(Path(folder), iteration, layout, team)
+    return source if source.iteration == iteration else _run(Kind(kind), Path(folder), iteration)
+
+
+def _words(found: tuple[str, str, int | None]) -> str:
+    kind, folder, iteration = found
+    if kind == Kind.RANDOM.value:
+        return "random weights"
+    return folder if iteration is None else f"iteration {iteration} in {folder}"
 
 
 def _is_another_run(load: str | None, save: Path) -> bool:
