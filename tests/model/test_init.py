@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tessel.layout.sharding import pattern_of, rules
+from tessel.layout.tiles import tiles_of
+from tessel.layout.topology import Topology
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.transformer import Transformer
@@ -79,3 +82,23 @@ def test_the_runs_random_state_is_left_alone() -> None:
     before = torch.get_rng_state()
     built("qwen2")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("tp", "vocab_size"), [(2, 400), (4, 403)])
+def test_a_rank_gets_its_part_of_what_one_process_draws(tp: int, vocab_size: int) -> None:
+    """With 4 ranks, two hold each key/value head, and the vocabulary is padded."""
+    model, config = built("qwen3", vocab_size=vocab_size, num_hidden_layers=2)
+    topology = Topology(world_size=tp, tp=tp)
+    whole = dict(model.named_parameters())
+    for rank in range(tp):
+        tiles = tiles_of(config, topology, topology.place(rank))
+        part = Transformer(config)
+        for name, tile in tiles.items():
+            owner, _, own_name = name.rpartition(".")
+            setattr(part.get_submodule(owner), own_name, nn.Parameter(torch.full(tile.local_shape, torch.nan)))
+        initialize_(part, config, std=0.03, seed=7, tiles=tiles)
+        for name, parameter in part.named_parameters():
+            values = parameter.detach().clone()
+            assert torch.equal(values[tiles[name].local_index()], whole[name][tiles[name].index()]), name
+            values[tiles[name].local_index()] = 0
+            assert not values.any(), f"{name}: padding"

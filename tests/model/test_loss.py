@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -241,3 +244,112 @@ def test_the_two_gradients_one_after_the_other() -> None:
     (hidden_grad,) = torch.autograd.grad(loss, inputs[0], retain_graph=True)
     (weight_grad,) = torch.autograd.grad(loss, inputs[1])
     assert torch.equal(hidden_grad, expected[0]) and torch.equal(weight_grad, expected[1])
+
+
+@dataclass
+class Meeting:
+    """Where the parts of a vocabulary, each on a thread of its own, put what they gather."""
+
+    num_parts: int
+    tensors: list[Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.barrier = threading.Barrier(self.num_parts, timeout=30)
+        self.tensors = [None] * self.num_parts
+
+
+@dataclass
+class Part:
+    number: int
+    first: int
+    num_rows: int
+    meeting: Meeting
+
+    def gather(self, x: Tensor) -> Tensor:
+        self.meeting.tensors[self.number] = x
+        self.meeting.barrier.wait()
+        gathered = torch.stack([tensor for tensor in self.meeting.tensors if tensor is not None])
+        self.meeting.barrier.wait()
+        return gathered
+
+    def join(self, logits_BSV: Tensor) -> Tensor:
+        raise AssertionError("the loss never holds the logits")
+
+
+def in_parts(inputs: Inputs, sizes: list[int], **options: Any) -> list[tuple[Tensor, list[Tensor | None], Tensor]]:
+    """For each part (loss, gradients of hidden and of its padded rows, nll); all have as many rows as the first."""
+    meeting = Meeting(len(sizes))
+
+    def one(number: int) -> tuple[Tensor, list[Tensor | None], Tensor]:
+        torch.set_num_threads(1)
+        hidden_ND, weight_VD, labels_N, weights_N = inputs
+        part = Part(number, sum(sizes[:number]), sizes[number], meeting)
+        own_VD = weight_VD.new_zeros(sizes[0], weight_VD.shape[1])
+        own_VD[: part.num_rows] = weight_VD.detach()[part.first : part.first + part.num_rows]
+        leaves = [
+            x.detach().clone().requires_grad_(old.requires_grad)
+            for x, old in ((hidden_ND, hidden_ND), (own_VD, weight_VD))
+        ]
+        loss = chunked_linear_cross_entropy(*leaves, labels_N, weights_N, part=part, **options)
+        loss.sum().backward()
+        nll_N = chunked_nll(*leaves, labels_N.clamp(min=0), options.get("chunk_tokens"), part)
+        return loss.detach(), [leaf.grad for leaf in leaves], nll_N
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        return list(pool.map(one, range(len(sizes))))
+
+
+@pytest.mark.parametrize("sizes", [[16, 15], [8, 8, 8, 7], [30, 1]])
+@pytest.mark.parametrize("z", [0.0, 1e-2])
+@pytest.mark.parametrize("chunk", [7, 50])
+def test_a_vocabulary_in_parts(sizes: list[int], z: float, chunk: int) -> None:
+    inputs = make_inputs(50, 31, 12)
+    whole = chunked_linear_cross_entropy(*inputs, chunk_tokens=chunk, z_loss_coeff=z)
+    hidden_grad, weight_grad = gradients_of(whole.sum(), *inputs[:2])
+    nll_N = chunked_nll(*inputs[:2], inputs[2].clamp(min=0), chunk)
+    parts = in_parts(inputs, sizes, chunk_tokens=chunk, z_loss_coeff=z)
+    for loss, _, part_nll_N in parts:
+        torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+        assert torch.equal(loss, parts[0][0]), "every part has the same loss"
+        torch.testing.assert_close(part_nll_N, nll_N, rtol=1e-5, atol=1e-6)
+    summed = torch.stack([gradients[0] for _, gradients, _ in parts]).sum(dim=0)
+    assert (summed - hidden_grad).norm() <= 1e-6 * hidden_grad.norm()
+    rows = [gradients[1][:size] for (_, gradients, _), size in zip(parts, sizes, strict=True)]
+    assert (torch.cat(rows) - weight_grad).norm() <= 1e-6 * weight_grad.norm()
+    assert all(not gradients[1][size:].any() for (_, gradients, _), size in zip(parts, sizes, strict=True)), "padding"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_in_low_precision_are_as_near_as_the_whole(dtype: torch.dtype) -> None:
+    inputs = make_inputs(96, 301, 32, dtype)
+    truth = true_gradients(inputs)
+    whole = chunked_linear_cross_entropy(*inputs, chunk_tokens=16)
+    parts = in_parts(inputs, [151, 150], chunk_tokens=16)
+    ours = [
+        sum(p[1][0].float() for p in parts),
+        torch.cat([p[1][1][:size] for p, size in zip(parts, (151, 150), strict=True)]),
+    ]
+    assert parts[0][0].item() == pytest.approx(whole.item(), rel=1e-6)
+    for gradient, other, true in zip(ours, gradients_of(whole, *inputs[:2]), truth, strict=True):
+        assert (gradient - true).norm() <= 1.2 * (other - true).norm()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_parts_compute_only_the_gradients_asked_for(frozen: int) -> None:
+    inputs = make_inputs(20, 31, 12)
+    expected = [gradients for _, gradients, _ in in_parts(inputs, [16, 15])]
+    inputs[frozen].requires_grad_(False)
+    for (_, gradients, _), both in zip(in_parts(inputs, [16, 15]), expected, strict=True):
+        assert gradients[frozen] is None
+        assert torch.equal(gradients[1 - frozen], both[1 - frozen])
+
+
+def test_parts_with_extreme_logits_stay_finite() -> None:
+    hidden_ND = torch.tensor([[100.0, 0.0], [0.0, 100.0]], requires_grad=True)
+    weight_VD = torch.tensor([[10.0, 0.0], [-10.0, 0.0], [0.0, -10.0]], requires_grad=True)
+    inputs = (hidden_ND, weight_VD, torch.tensor([1, 2]), torch.ones(2))
+    whole = chunked_linear_cross_entropy(*inputs)
+    expected = gradients_of(whole, hidden_ND)[0]
+    parts = in_parts(inputs, [2, 1])
+    torch.testing.assert_close(parts[0][0], whole)
+    torch.testing.assert_close(sum(gradients[0] for _, gradients, _ in parts), expected)
