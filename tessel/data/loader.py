@@ -28,7 +28,10 @@ Dataset = GPTDataset | BlendedDataset
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes; tensors of [B, S]."""
+    """What one forward pass takes; tensors of [B, S].
+
+    Of a part of a sequence, `positions_BS` say where its tokens stand, and `segments_BS` are the whole rows'.
+    """
 
     tokens_BS: torch.Tensor  # i64
     labels_BS: torch.Tensor  # i64
@@ -36,6 +39,7 @@ class MicroBatch:
     positions_BS: torch.Tensor  # i64
     segments_BS: torch.Tensor | None  # i32; None: every position attends to all before it
     sample_ids: tuple[int, ...] = ()
+    is_part: bool = False
 
     @property
     def rope_positions_BS(self) -> torch.Tensor | None:
@@ -44,7 +48,7 @@ class MicroBatch:
         There it never sees positions that --reset-position-ids has set back. Within segments that makes no
         difference, since RoPE is relative; it does where documents attend to each other.
         """
-        return None if self.segments_BS is None else self.positions_BS
+        return None if self.segments_BS is None and not self.is_part else self.positions_BS
 
     def to(self, device: torch.device, non_blocking: bool = False) -> MicroBatch:
         """The same batch with its tensors on `device`."""
@@ -62,6 +66,7 @@ class MicroBatch:
             positions_BS=change(self.positions_BS),
             segments_BS=None if self.segments_BS is None else change(self.segments_BS),
             sample_ids=self.sample_ids,
+            is_part=self.is_part,
         )
 
 

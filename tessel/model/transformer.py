@@ -102,6 +102,8 @@ class Decoder(nn.Module):
         self.config, self.hidden_dropout = config, hidden_dropout
         self.recompute, self.offload = recompute or Recompute(None), offload
         self.is_first = self.is_last = True
+        # False where the layers' attention makes its own masks, from the segments.
+        self.builds_masks = True
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict(
             {
@@ -165,7 +167,7 @@ class Decoder(nn.Module):
         return self.offload.region(layer, (*rope, *visibility.masks.values()), device)
 
     def _visibility(self, positions_BS: Tensor, segments_BS: Tensor | None, cache: KeyValueCache | None) -> Visibility:
-        if cache is not None:
+        if cache is not None or not self.builds_masks:
             return Visibility(segments_BS)
         # Reading the runs waits for the device, so only the CPU, where it pays most, goes by runs.
         by_run = segments_BS is not None and segments_BS.device.type == "cpu"

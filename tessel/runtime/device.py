@@ -290,3 +290,14 @@ def flash_attention_available(device: torch.device) -> tuple[bool, str]:
 def _importable(module: str) -> bool:
     parent = module.partition(".")[0]
     return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
+
+
+def fused_block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, masked: bool, causal: bool) -> str:
+    """Which of torch's fused attentions that give an lse takes these [B, H, S, D]: cpu, flash, or plain for none."""
+    if q.device.type == "cpu":
+        return "cpu" if q.dtype in (torch.float32, torch.bfloat16, torch.float16) else "plain"
+    if q.device.type != "cuda" or masked:
+        return "plain"
+    backends = torch.backends.cuda
+    parameters = backends.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+    return "flash" if backends.can_use_flash_attention(parameters) else "plain"

@@ -147,7 +147,7 @@ def _runner(cfg: RunConfig, parts: Sequence[Transformer], stages: Stages, groups
     if groups is not None and groups.cp is not None:
         from tessel.parallel.context import localizer
 
-        localize = localizer(groups, cfg.layout.cp_comm_type, cfg.layout.ulysses_degree_in_cp)
+        localize = localizer(parts[0].config, groups, cfg.layout.cp_comm_type, cfg.layout.ulysses_degree_in_cp)
     if groups is not None and groups.pp is not None:
         from tessel.parallel.pipeline import PipelineRunner
 
