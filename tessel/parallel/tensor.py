@@ -40,7 +40,7 @@ from tessel.layout.sharding import rule_of
 from tessel.layout.tiles import Tile, tile_of
 from tessel.model.attention import Attention, AttentionFn, Visibility
 from tessel.model.config import ModelConfig
-from tessel.model.layers import MLP, Embedding, Linear
+from tessel.model.layers import MLP, Linear
 from tessel.model.transformer import Decoder, Layer, Transformer
 from tessel.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from tessel.parallel.groups import Groups
@@ -111,12 +111,7 @@ def apply_tensor_parallel(model: Transformer, config: ModelConfig, groups: Group
             parallelize_attention(module.self_attn, boundary)
             if isinstance(module.mlp, MLP):
                 parallelize_mlp(module.mlp, boundary)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in tiles:
-            part = model.vocabulary = RankVocabulary.of(tiles[name], groups.tp)
-            if isinstance(model.model.embed_tokens, Embedding):
-                embedding = VocabularyEmbedding(model.model.embed_tokens, part, boundary.leave)
-                model.model.embed_tokens = embedding  # type: ignore[assignment]
+    _parallelize_vocabulary(model, tiles, boundary)
     if "model.norm.weight" in tiles:
         model.model.norm.register_forward_hook(boundary.enter_after)
     _separate_dropout(model.model, groups.tp.rank(), sequence_parallel)
@@ -132,6 +127,17 @@ def parallelize_mlp(mlp: MLP, boundary: Boundary) -> None:
     """The boundaries of an MLP, whose projections hold this rank's features."""
     mlp.register_forward_pre_hook(boundary.enter_first)
     mlp.down_proj = RowLinear(mlp.down_proj, boundary)  # type: ignore[assignment]
+
+
+def _parallelize_vocabulary(model: Transformer, tiles: Mapping[str, Tile], boundary: Boundary) -> None:
+    """The embedding and the head, as far as this stage has them; both have the same rows."""
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tiles:
+            part = RankVocabulary.of(tiles[name], boundary.group)
+            model.vocabulary = part
+            if name == "model.embed_tokens.weight":
+                embedding = VocabularyEmbedding(model.model.embed_tokens, part, boundary.leave)
+                model.model.embed_tokens = embedding  # type: ignore[assignment]
 
 
 def cut_parameters(model: nn.Module, tiles: Mapping[str, Tile]) -> None:
