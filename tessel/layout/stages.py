@@ -66,23 +66,28 @@ def stages_of(
     """Deal `num_layers` layers out to pp * num_chunks stages.
 
     Without more being said, every stage has as many. `layer_list` says how many each pipeline rank has
-    (`--num-layer-list`); `first` and `last` how many the first and the last rank have, the others
-    sharing the rest evenly (`--decoder-first/last-pipeline-num-layers`). `noop_layers` (MindSpeed's)
-    are numbers, among num_layers + len(noop_layers) places, that hold no layer: places are dealt out, and the
-    real layers are numbered on through the others.
+    (`--num-layer-list`); `first` and `last` how many the first and the last rank have, the others sharing
+    the rest evenly (`--decoder-first/last-pipeline-num-layers`). A rank's own are shared evenly by its
+    stages. `noop_layers` (MindSpeed's) are numbers, among num_layers + len(noop_layers) places, that hold no
+    layer: places are dealt out, and the real layers are numbered on through the others. A stage may be left
+    without a layer.
 
     Raises:
         UsageError: the layers cannot be dealt out so.
     """
     num_places = num_layers + len(noop_layers)
     _check_noops(noop_layers, num_places)
-    per_stage = _places_of_stages(num_places, pp, num_chunks, layer_list, first, last)
-    number_of = {place: number for number, place in enumerate(p for p in range(num_places) if p not in noop_layers)}
+    if layer_list is not None:
+        per_rank = _from_list(num_places, pp, num_chunks, layer_list)
+    else:
+        per_rank = _from_ends(num_places, pp, num_chunks, first, last)
+    numbers = iter(range(num_layers))
     stages, place = [], 0
-    for index, count in enumerate(per_stage):
-        layers = tuple(number_of[p] for p in range(place, place + count) if p in number_of)
-        stages.append(Stage(index, layers, index == 0, index == len(per_stage) - 1))
-        place += count
+    for index in range(pp * num_chunks):
+        stop = place + per_rank[rank_of_stage(index, pp, placement)] // num_chunks
+        layers = tuple(next(numbers) for p in range(place, stop) if p not in noop_layers)
+        stages.append(Stage(index, layers, index == 0, index == pp * num_chunks - 1))
+        place = stop
     return Stages(pp, num_chunks, placement, tuple(stages))
 
 
@@ -94,30 +99,8 @@ def _check_noops(noop_layers: Sequence[int], num_places: int) -> None:
         )
 
 
-def _places_of_stages(
-    num_places: int, pp: int, num_chunks: int, layer_list: Sequence[int] | None, first: int | None, last: int | None
-) -> list[int]:
-    if layer_list is not None:
-        return _from_list(num_places, pp, num_chunks, layer_list)
-    if first is None and last is None:
-        return [_share(num_places, pp * num_chunks, num_places)] * (pp * num_chunks)
-    ends = [n for n in (first, last) if n is not None]
-    rest = num_places - sum(ends)
-    if pp <= len(ends) - (1 if rest == 0 else 0) or rest < 0:
-        raise UsageError(
-            f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last} do not fit "
-            f"{num_places} layers on --pipeline-model-parallel-size {pp}: lower them, or leave them out."
-        )
-    between = pp - len(ends)
-    middle = [_share(rest, between * num_chunks, num_places, first, last)] * between if between else []
-    per_rank = [*([first] if first is not None else []), *middle, *([last] if last is not None else [])]
-    if num_chunks == 1:
-        return per_rank
-    per_chunk = [_share(n, num_chunks, num_places, first, last) if n in ends and n is not None else n for n in per_rank]
-    return per_chunk * num_chunks
-
-
 def _from_list(num_places: int, pp: int, num_chunks: int, layer_list: Sequence[int]) -> list[int]:
+    """Places of each pipeline rank, as they are listed."""
     shown = ",".join(map(str, layer_list))
     if num_chunks > 1:
         raise UsageError(
@@ -132,13 +115,39 @@ def _from_list(num_places: int, pp: int, num_chunks: int, layer_list: Sequence[i
     return list(layer_list)
 
 
-def _share(places: int, stages: int, num_places: int, first: int | None = None, last: int | None = None) -> int:
-    if places % stages == 0:
-        return places // stages
-    ends = "" if first is None and last is None else " that the first and the last stage leave"
-    divisors = [n for n in range(1, places + 1) if places % n == 0]
-    raise UsageError(
-        f"{places} layers{ends} cannot be dealt out evenly to {stages} pipeline stages: use a number of stages among "
-        f"{divisors[:12]}, or say who has how many: --num-layer-list, --decoder-first-pipeline-num-layers, "
-        "--decoder-last-pipeline-num-layers, or --noop-layers."
-    )
+def _from_ends(num_places: int, pp: int, num_chunks: int, first: int | None, last: int | None) -> list[int]:
+    """Places of each pipeline rank, those between the ends having as many each; every one is a multiple of chunks."""
+    given = {rank: count for rank, count in ((0, first), (pp - 1, last)) if count is not None}
+    flags = [
+        f"--decoder-{end}-pipeline-num-layers {count}"
+        for end, count in (("first", first), ("last", last))
+        if count is not None
+    ]
+    rest, others = num_places - sum(given.values()), pp - len(given)
+    if given and (rest < 0 or (rest > 0 and not others) or pp < len(flags)):
+        raise UsageError(
+            f"{' and '.join(flags)} do not fit {num_places} layers on --pipeline-model-parallel-size {pp}: change them "
+            "so that they leave the other stages what there is, or leave them out."
+        )
+    wrong = [count for count in given.values() if count < 0 or count % num_chunks]
+    if wrong:
+        raise UsageError(
+            f"{' and '.join(flags)}: {wrong[0]} layers cannot be dealt out evenly to {num_chunks} virtual stages: make "
+            f"it a multiple of {num_chunks}, or change the number of virtual stages."
+        )
+    if rest % (others * num_chunks or 1):
+        what, change = f"{rest} layers", "change them"
+        if flags:
+            what = f"{' and '.join(flags)} leave{'s' if len(flags) == 1 else ''} {rest} layers, which"
+        else:
+            sizes = [str(n) for n in range(1, rest + 1) if rest % (n * num_chunks) == 0]
+            change = f"use --pipeline-model-parallel-size {', '.join(sizes[:12])}" if sizes else "use fewer stages"
+        ranks = f"{others} pipeline stages" + (f" of {num_chunks} virtual ones each" if num_chunks > 1 else "")
+        by_list = "" if num_chunks > 1 else "--num-layer-list, "
+        raise UsageError(
+            f"{what} cannot be dealt out evenly to {ranks}: {change}, add {-rest % (others * num_chunks)} places by "
+            f"--noop-layers, or say who has how many by {by_list}--decoder-first-pipeline-num-layers and "
+            "--decoder-last-pipeline-num-layers."
+        )
+    share = rest // others if others else 0
+    return [given.get(rank, share) for rank in range(pp)]

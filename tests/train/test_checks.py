@@ -41,7 +41,7 @@ BROKEN = {
     (f"{TP}=8", 8): "--tensor-model-parallel-size 8 does not divide the 12 attention heads: use 1, 2 or 4.",
     (f"{TP}=5", 5): "--tensor-model-parallel-size 5 does not divide the 12 attention heads: use 1.",
     (f"{TP}=3", 6): "--tensor-model-parallel-size 3 does not divide the 2 key/value heads: use 1, 2 or 6.",
-    (f"{PP}=4", 4): "6 layers cannot be dealt out evenly to 4 pipeline stages: use a number of stages among [1, 2, 3",
+    (f"{PP}=4", 4): "6 layers cannot be dealt out evenly to 4 pipeline stages: use --pipeline-model-parallel-size 1, 2, 3, 6",
     (f"{PP}=2 num_layer_list=4,4", 2): "--num-layer-list 4,4 has 2 entries with 8 layers in all: it must have --pipel",
     (f"{PP}=2 num_layers_per_virtual_pipeline_stage=2", 2): "does not divide the 6 layers over --pipeline-model-parall"
     "el-size 2 evenly: use 1 or 3.",
