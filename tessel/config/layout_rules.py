@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from tessel.config.context import check_context_parallel
 from tessel.config.layout import Layout
 from tessel.config.run import RunConfig
 from tessel.errors import UsageError
@@ -219,5 +220,6 @@ LAYOUT_RULES: tuple[Callable[[RunConfig], None], ...] = (
     check_virtual_stages,
     check_pipeline_schedule,
     check_sequence_length,
+    check_context_parallel,
     check_data_parallel,
 )

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from tessel.config.context import resolved_context
 from tessel.config.rules import RULES, SAMPLE_RULES
 from tessel.config.run import Evaluation, Logging, RunConfig
 from tessel.errors import UsageError
@@ -22,7 +23,7 @@ def validate(cfg: RunConfig) -> RunConfig:
     """Check the static rules of a training run and fill in what follows from other fields.
 
     Filled in: `global_batch_size`, `start_weight_decay`, `end_weight_decay`, `decoupled_min_lr`,
-    `recompute_granularity`, `position_embedding_type`, `loss_scale`, `eval_iters`, `log_interval`,
+    `recompute_granularity`, `cp_comm_type`, `position_embedding_type`, `loss_scale`, `eval_iters`, `log_interval`,
     and `lr` where nothing is trained.
 
     Raises:
@@ -106,7 +107,8 @@ def _resolved(cfg: RunConfig) -> RunConfig:
         # Megatron's old spelling of a dynamic loss scale.
         precision = replace(precision, loss_scale=None)
     cfg = replace(cfg, optimizer=optimizer, kernels=kernels, batch=batch, model=model, precision=precision)
-    return replace(cfg, evaluation=_sized_evaluation(cfg), logging=_sized_logging(cfg))
+    layout = resolved_context(cfg.layout)
+    return replace(cfg, layout=layout, evaluation=_sized_evaluation(cfg), logging=_sized_logging(cfg))
 
 
 def _num_iters(cfg: RunConfig) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tessel.config.run import RunConfig
 from tessel.errors import UsageError
 from tessel.layout.check import check_batch, check_copies, check_model, topology_of
+from tessel.layout.context import check_context
 from tessel.layout.topology import Topology
 from tessel.model.config import ModelConfig
 from tessel.train.identity import model_differences
@@ -23,6 +24,8 @@ def check_layout(cfg: RunConfig, model_config: ModelConfig, world_size: int) -> 
     check_model(model_config, cfg.layout, topology)
     check_batch(cfg.batch, cfg.layout, topology)
     check_copies(cfg.layout, topology)
+    heads, kv_heads = model_config.num_attention_heads, model_config.num_key_value_heads
+    check_context(cfg.layout, heads, kv_heads, topology.tp, cfg.batch.seq_length or 0)
     return topology
 
 
