@@ -12,6 +12,7 @@ from tessel.config.layout_rules import any_of, near, sharding_strategy_of
 from tessel.config.run import Batch
 from tessel.errors import UsageError
 from tessel.layout.asked import degrees_of, schedule_of, stages_asked
+from tessel.layout.schedules import taken_near, takes
 from tessel.layout.sharding import DecoderShape, ParamRule, rules
 from tessel.layout.topology import Topology
 
@@ -53,6 +54,12 @@ def check_model(config: DecoderShape, layout: Layout, topology: Topology) -> Non
     per_stage = topology.world_size // topology.pp
     cuts = _cuts(table, is_expert=False)
     _check_blocks("--tensor-model-parallel-size", topology.tp, cuts, per_stage // topology.cp)
+    rows = -(-config.vocab_size // topology.tp)
+    if config.vocab_size <= (topology.tp - 1) * rows:
+        raise UsageError(
+            f"A vocabulary of {config.vocab_size} rows leaves the last of --tensor-model-parallel-size {topology.tp} "
+            "processes without any: lower it."
+        )
     experts = {pattern: rule for pattern, rule in table.items() if rule.is_expert}
     if experts:
         cuts = _cuts(table, is_expert=True)
@@ -149,18 +156,14 @@ def _sizes(batch: Batch) -> Iterator[int]:
 
 
 def _check_pipeline_filled(size: int, micro_batch_size: int, layout: Layout, topology: Topology) -> None:
-    """Every stage has work: torch's schedules want a micro-batch a stage, and interleaved ones whole rounds."""
-    num_micro_batches, pp = size // (micro_batch_size * topology.dp), topology.pp
-    if pp == 1:
+    """Interleaved schedules go in whole rounds."""
+    num_micro_batches, pp, schedule = size // (micro_batch_size * topology.dp), topology.pp, schedule_of(layout)
+    if pp == 1 or takes(schedule, pp, num_micro_batches):
         return
-    of = f"a batch of {size} is {num_micro_batches} micro-batches on each of {topology.dp} data-parallel replicas"
-    rows = micro_batch_size * topology.dp * pp
-    remedy = f"make it {near(size, rows)}" + (", or lower --micro-batch-size" if micro_batch_size > 1 else "")
-    if num_micro_batches < pp:
-        raise UsageError(f"--pipeline-model-parallel-size {pp} needs {pp} micro-batches or more, and {of}: {remedy}.")
-    schedule = schedule_of(layout)
-    if schedule in ("interleaved", "interleaved-zero-bubble") and num_micro_batches % pp:
-        raise UsageError(
-            f"An interleaved schedule on --pipeline-model-parallel-size {pp} needs a multiple of {pp} micro-batches, "
-            f"and {of}: {remedy}."
-        )
+    rows = micro_batch_size * topology.dp
+    fits = any_of([number * rows for number in taken_near(schedule, pp, num_micro_batches)])
+    raise UsageError(
+        f"--pipeline-schedule {schedule} on --pipeline-model-parallel-size {pp} cannot run {num_micro_batches} "
+        f"micro-batches in equal rounds, and a batch of {size} is so many on each of {topology.dp} data-parallel "
+        f"replicas: make it {fits}."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,11 @@ BROKEN = {
     "icas = 4: 4 would be.",
     ("-train_iters train_samples=800 rampup_batch_size=4,2,60", 2): "must be multiples of --micro-batch-size 2 x 2 dat"
     "a-parallel replicas = 4; 4 or 8 and 4 would be.",
-    (f"{PP}=3 global_batch_size=4", 3): "needs 3 micro-batches or more, and a batch of 4 is 2 micro-batches on each of "
-    "1 data-parallel replicas: make it 6, or lower --micro-batch-size.",
-    (f"{PP}=2 num_virtual_stages_per_pipeline_rank=3 global_batch_size=10", 2): "needs a multiple of 2 micro-batches, "
-    "and a batch of 10 is 5 micro-batches on each of 1 data-parallel replicas: make it 8 or 12, or lower --micro-",
-    (f"{PP}=2 -train_iters train_samples=800 rampup_batch_size=2,2,60", 2): "needs 2 micro-batches or more, and a "
-    "batch of 2 is 1 micro-batches",
+    (f"{PP}=2 num_virtual_stages_per_pipeline_rank=3 global_batch_size=10", 2): "--pipeline-schedule interleaved on --"
+    "pipeline-model-parallel-size 2 cannot run 5 micro-batches in equal rounds, and a batch of 10 is so many on each of "
+    "1 data-parallel replicas: make it 8 or 12.",
+    (f"{PP}=2 num_virtual_stages_per_pipeline_rank=3 global_batch_size=12 -train_iters train_samples=800 "
+     "rampup_batch_size=10,2,60", 2): "cannot run 5 micro-batches in equal rounds, and a batch of 10",
     # Copies of a sharded state.
     ("use_distributed_optimizer num_distributed_optimizer_instances=3", 4): "does not divide the 4 data-parallel repli"
     "cas: use 1, 2 or 4.",
@@ -104,6 +104,12 @@ def test_stages_schedule_and_shards_that_flags_ask_for() -> None:
     topology = check_layout(sharded, MODEL, 8)
     assert num_shards(sharded.layout, topology, "optim") == (4, 4)
     assert num_shards(sharded.layout, topology, "no_shard") == (1, 1)
+
+
+def test_a_vocabulary_is_padded_but_leaves_no_process_without_rows() -> None:
+    check_layout(config(f"{TP}=4"), replace(MODEL, vocab_size=7, num_key_value_heads=4), 4)
+    with pytest.raises(UsageError, match="5 rows leaves the last of --tensor-model-parallel-size 6 processes without"):
+        check_layout(config(f"{TP}=6"), replace(MODEL, vocab_size=5), 6)
 
 
 def test_a_run_of_another_model_is_refused(tiny_hf_folder: Callable[..., Path], tmp_path: Path) -> None:
