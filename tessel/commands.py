@@ -17,24 +17,52 @@ from tessel.config.parser import parse
 from tessel.config.run import RunConfig
 from tessel.config.show import format_config, mark_changes
 from tessel.config.validate import advice, validate, validate_generate, validate_samples
+from tessel.launch import launch, starts_processes
+from tessel.runtime.failure import shown_once
+from tessel.runtime.log import voice
+from tessel.runtime.world import World, is_launched
 
 Config = TypeVar("Config")
 
 
 def pretrain(argv: list[str]) -> None:
     """Train a model on text, from a Hugging Face folder or from random weights."""
-    parsed = parse(RunConfig, argv, "tessel pretrain", MEGATRON)
-    cfg = validate(parsed.value)
-    _note(*parsed.notes, *advice(cfg, parsed.given))
-    if parsed.print_config:
-        derived = mark_changes(parsed.value, cfg, parsed.provenance, "derived")
-        print(format_config(*_with_model(cfg, parsed.given, derived)))
-        return
-    from tessel.runtime.versions import check_versions
-    from tessel.train import pretrain as target
+    world = World.from_environment()
+    voice.speak_as(world.rank)
+    with shown_once(world):
+        parsed = parse(RunConfig, argv, "tessel pretrain", MEGATRON)
+        cfg = validate(parsed.value)
+        if not is_launched():
+            _note(*parsed.notes, *advice(cfg, parsed.given))
+        if parsed.print_config:
+            derived = mark_changes(parsed.value, cfg, parsed.provenance, "derived")
+            print(format_config(*_with_model(cfg, parsed.given, derived)))
+            return
+        if starts_processes(cfg.launch):
+            _check_before_launch(cfg, parsed.given)
+            raise SystemExit(launch(["-m", "tessel", "pretrain", *argv], cfg.launch))
+        voice.speak_as(world.rank, cfg.launch.rank_log_dir)
+        from tessel.runtime.versions import check_versions
+        from tessel.train import pretrain as target
 
-    check_versions()
-    target.pretrain(cfg, parsed.given)
+        check_versions()
+        target.pretrain(cfg, parsed.given)
+
+
+def _check_before_launch(cfg: RunConfig, given: frozenset[str]) -> None:
+    """What the model's folder and the number of processes refuse, said once by this process.
+
+    Several machines are left to the processes: only together can they say which one lacks a folder.
+    """
+    if cfg.launch.nnodes != "1" or cfg.launch.nproc_per_node is None:
+        return
+    from tessel.train.checks import check_layout
+    from tessel.train.setup import model_config_of
+    from tessel.train.source import find_source
+
+    source = find_source(cfg.checkpoint, cfg.model)
+    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
+    check_layout(cfg, model_config, cfg.launch.nproc_per_node)
 
 
 def preprocess(argv: list[str]) -> None:
@@ -158,5 +186,5 @@ def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str
 
 def _note(*lines: str) -> None:
     """Remarks on the command line, on stderr: stdout belongs to the verb."""
-    for line in lines:
+    for line in lines if voice.is_heard else ():
         print(f"tessel: {line}", file=sys.stderr)

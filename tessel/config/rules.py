@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tessel.config.launch_rules import LAUNCH_RULES
 from tessel.config.layout_rules import LAYOUT_RULES
+from tessel.config.memory_rules import MEMORY_RULES
 from tessel.config.run import RunConfig
 from tessel.config.schema import flag_of, options, read
 from tessel.errors import UsageError
@@ -26,6 +28,7 @@ AT_LEAST_ONE = _names(
     "ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings vocab_size "
     "padded_vocab_size make_vocab_size_divisible_by original_max_position_embeddings lr_decay_iters lr_decay_samples "
     "lr_wsd_decay_iters lr_wsd_decay_samples loss_scale_window hysteresis recompute_num_layers save_interval "
+    "recompute_activation_function_num_layers cpu_offloading_num_layers "
     "save_hf_interval keep_last_k eval_interval log_interval tensorboard_log_interval tensorboard_queue_size "
     "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
     "expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank "
@@ -296,5 +299,7 @@ RULES: tuple[Rule, ...] = (
     check_precision,
     check_recomputation,
     check_checkpoint,
+    *LAUNCH_RULES,
     *LAYOUT_RULES,
+    *MEMORY_RULES,
 )

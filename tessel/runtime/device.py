@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tessel.errors import TesselError, UsageError
+from tessel.runtime.world import World
 
 # Dense 16-bit (fp16 and bf16 are alike) FLOP/s by a part of the device's name, the more special first.
 # NVIDIA: data sheets, without sparsity. Ascend: Huawei's figures for the 910B family.
@@ -69,22 +70,28 @@ def load_plugins() -> None:
         importlib.import_module("torch_npu")
 
 
-def resolve(name: str) -> torch.device:
+def resolve(name: str, world: World | None = None) -> torch.device:
     """The device that `--device` asks for: auto, cpu, cuda or npu, or one of the latter with ":index".
 
-    `auto` takes the accelerator that torch reports, else the CPU.
+    `auto` takes the accelerator that torch reports, else the CPU. Of several processes of `world` on a machine,
+    each takes the device of its local rank.
 
     Raises:
-        UsageError: the name is none of these.
+        UsageError: the name is none of these, or is one device for several processes.
         TesselError: torch sees no such device.
     """
-    kind = name.partition(":")[0]
+    kind, _, index = name.partition(":")
+    if index and world is not None and world.local_world_size > 1:
+        raise UsageError(
+            f"--device {name} is one device for {world.local_world_size} processes. Give --device {kind}: each takes "
+            "the one of its own number."
+        )
     if kind == "cpu":
         return torch.device("cpu")
     load_plugins()
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return _with_index(found) if found is not None and found.type in _ACCELERATORS else torch.device("cpu")
+        return _with_index(found, world) if found is not None and found.type in _ACCELERATORS else torch.device("cpu")
     if kind not in _ACCELERATORS:
         raise UsageError(f"--device {name}: not a device; choose auto, cpu, cuda or npu.")
     if found is None or found.type != kind:
@@ -94,13 +101,27 @@ def resolve(name: str) -> torch.device:
             f"--device {name}: torch {torch.__version__} sees no such device ({sees}). "
             f"Install {needs}, or take --device auto."
         )
-    return _with_index(torch.device(name))
+    return _with_index(torch.device(name), world)
 
 
-def _with_index(device: torch.device) -> torch.device:
-    if device.index is None:
-        device = torch.device(device.type, torch.accelerator.current_device_index())
+def distributed_backend(device: torch.device) -> str:
+    """What init_process_group is to use: Gloo for CPU tensors, and the vendor's library for the accelerator's."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{torch.distributed.get_default_backend_for_device(device)}"
+
+
+def _with_index(device: torch.device, world: World | None) -> torch.device:
     num_devices = torch.accelerator.device_count()
+    if world is not None and world.local_world_size > 1:
+        if world.local_world_size > num_devices:
+            raise TesselError(
+                f"{world.local_world_size} processes on this machine, and torch sees {num_devices} of {device.type}. "
+                f"Start at most {num_devices} (--nproc-per-node), or take --device cpu."
+            )
+        device = torch.device(device.type, world.local_rank)
+    elif device.index is None:
+        device = torch.device(device.type, torch.accelerator.current_device_index())
     if device.index >= num_devices:
         raise TesselError(f"--device {device}: torch sees {num_devices}, counted from 0. Choose one of them.")
     torch.accelerator.set_device_index(device.index)
@@ -285,6 +306,23 @@ def flash_attention_available(device: torch.device) -> tuple[bool, str]:
             return True, implementation
     packages = "flash-attn-3 or flash-attn-4" if major == 9 else "flash-attn-4"
     return False, f"the package is missing: pip install {packages}"
+
+
+def symmetric_memory_available(device: torch.device, num_ranks: int) -> tuple[bool, str]:
+    """Whether `num_ranks` processes in a row, this device's among them, can map each other's memory.
+
+    Returns the answer, and with it what is lacking.
+    """
+    if device.type != "cuda":
+        return False, f"torch's symmetric memory is for NVIDIA GPUs, this is {device.type}"
+    own, num_devices = device.index or 0, torch.cuda.device_count()
+    first = own // num_ranks * num_ranks
+    if first + num_ranks > num_devices:
+        return False, f"symmetric memory needs {num_ranks} devices of one machine, and torch sees {num_devices}"
+    for other in range(first, first + num_ranks):
+        if other != own and not torch.cuda.can_device_access_peer(own, other):
+            return False, f"devices {own} and {other} cannot reach each other's memory"
+    return True, ""
 
 
 def _importable(module: str) -> bool:

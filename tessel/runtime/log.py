@@ -1,14 +1,20 @@
-"""What the user sees: plain lines on stdout, warnings and progress on stderr."""
+"""What the user sees: plain lines on stdout, warnings and progress on stderr.
+
+Of many processes, rank 0 alone is heard. What each would have said can be kept in a file of its own.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,11 +22,57 @@ if TYPE_CHECKING:
 PLAIN_PROGRESS_INTERVAL_S = 10.0
 
 
+class Voice:
+    """Whether this process is heard, and the file that keeps what it says. There is one, `voice`."""
+
+    def __init__(self) -> None:
+        self.is_heard = True
+        self.file: TextIO | None = None
+
+    def speak_as(self, rank: int, folder: str | Path | None = None) -> None:
+        """From now on rank 0 alone is heard, and with `folder` every rank writes `rank_00003.log` in it.
+
+        Python's warnings of ranks that are not heard go to the file too: each process would repeat them.
+        """
+        self.is_heard = rank == 0
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            # Line by line, so that it can be followed; added to, since a restart goes on.
+            self.file = open(Path(folder) / f"rank_{rank:05d}.log", "a", buffering=1)  # noqa: SIM115
+            self.keep(
+                f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}, pid {os.getpid()}, {socket.gethostname()}"
+            )
+        if not self.is_heard:
+            warnings.showwarning = _showwarning_unheard
+
+    def keep(self, text: str) -> None:
+        """Write `text` to this process's own file, if it has one."""
+        if self.file is not None:
+            self.file.write(text.rstrip("\n") + "\n")
+
+
+voice = Voice()
+
+
+def _showwarning_unheard(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    voice.keep(warnings.formatwarning(message, category, filename, lineno, line))
+
+
 def log(message: str) -> None:
     """Print one plain line on stdout at once, so that a log file can be followed.
 
     A reader that has left (`| head`, a `tee` that was killed) does not end the work: a run may be days old.
     """
+    voice.keep(message)
+    if not voice.is_heard:
+        return
     try:
         print(message, flush=True)
     except BrokenPipeError:
@@ -31,6 +83,9 @@ def log(message: str) -> None:
 @functools.cache
 def warn_once(message: str) -> None:
     """Print a warning on stderr, the same text only once in a process."""
+    voice.keep(f"warning: {message}")
+    if not voice.is_heard:
+        return
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -47,6 +102,11 @@ class Progress(Protocol):
 
     def advance(self, num_steps: float = 1) -> None:
         """Say that `num_steps` more of the total are done."""
+
+
+class _SilentProgress:
+    def advance(self, num_steps: float = 1) -> None:
+        pass
 
 
 class _RichProgress:
@@ -84,6 +144,9 @@ def progress(description: str, total: float | None) -> Iterator[Progress]:
     `total` is in the unit that `advance` counts; None where it is not known. Lines that `log`
     prints meanwhile appear above the bar.
     """
+    if not voice.is_heard:
+        yield _SilentProgress()
+        return
     if not console().is_terminal:
         yield _PlainProgress(description, total)
         return

@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from tessel.runtime.log import console
+from tessel.runtime.log import console, voice
 
 
 def stdout_is_terminal() -> bool:
@@ -28,7 +28,7 @@ class RunProgress:
         self._task: Any = None
 
     def __enter__(self) -> RunProgress:
-        if not (console().is_terminal and stdout_is_terminal()):
+        if not (voice.is_heard and console().is_terminal and stdout_is_terminal()):
             return self
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
