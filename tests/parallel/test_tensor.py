@@ -235,14 +235,13 @@ def in_bf16() -> None:
 
 def compiled() -> None:
     config = config_of("qwen3")
-    for sequence_parallel in (False, True):
-        model, _ = on_ranks(config, sequence_parallel)
-        expected, gradients = backward(model, batch_of(config))
-        for layer in model.layers.values():
-            layer.compile(backend="aot_eager", fullgraph=True)
-        loss, again = backward(model, batch_of(config))
-        torch.testing.assert_close(loss, expected)
-        assert_near(again, gradients)
+    model, _ = on_ranks(config, True)
+    expected, gradients = backward(model, batch_of(config))
+    for layer in model.layers.values():
+        layer.compile(backend="aot_eager", fullgraph=True)
+    loss, again = backward(model, batch_of(config))
+    torch.testing.assert_close(loss, expected)
+    assert_near(again, gradients)
 
 
 @pytest.mark.parametrize("function", [recomputed, in_bf16, compiled, gradients_through_logits])
@@ -256,7 +255,7 @@ def test_without_gradients(sequence_parallel: bool) -> None:
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes that this rank's collectives send, each as a ring sends it; of the gather of the loss apart."""
+    """Bytes that this rank's collectives send, each as a ring sends it."""
 
     def __init__(self, num_ranks: int) -> None:
         super().__init__()
@@ -265,13 +264,16 @@ class SentBytes(TorchDispatchMode):
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "_c10d_functional" and "wait" not in func.__name__:
-            kind = func.__name__.partition(".")[0]
+        kind = func.__name__.partition(".")[0]
+        if func.namespace == "_c10d_functional" and kind != "wait_tensor":
             others = self.num_ranks - 1
-            share = {"all_reduce": 2 * others / self.num_ranks, "reduce_scatter_tensor": others / self.num_ranks}
-            self.sent_bytes += share.get(kind, others) * args[0].nbytes
+            of_input = {
+                "all_reduce": 2 * others / self.num_ranks,
+                "reduce_scatter_tensor": others / self.num_ranks,
+                "all_gather_into_tensor": others,
+            }
+            self.sent_bytes += of_input[kind] * args[0].nbytes
             self.calls.append(kind)
-            assert kind in (*share, "all_gather_into_tensor"), kind
         return func(*args, **(kwargs or {}))
 
 
@@ -293,8 +295,7 @@ def test_sends_no_more_than_the_textbook(num_ranks: int, sequence_parallel: bool
     textbook_bytes = (4 * layers + 2) * all_reduce_bytes
     loss_bytes = (num_ranks - 1) * B * S * 8
     for sent_bytes, calls in run(num_ranks, sent, sequence_parallel):
-        assert textbook_bytes <= sent_bytes <= 1.05 * textbook_bytes + loss_bytes
-        assert sent_bytes == textbook_bytes + loss_bytes
+        assert sent_bytes == textbook_bytes + loss_bytes <= 1.05 * textbook_bytes
         pairs = 4 * layers + 2
         expected = {"all_gather_into_tensor": pairs + 1, "reduce_scatter_tensor": pairs}
         if not sequence_parallel:
@@ -318,16 +319,17 @@ def masks(model: Transformer) -> dict[str, Tensor]:
     }
 
 
-def dropped(sequence_parallel: bool) -> dict[str, Tensor]:
+def dropped(sequence_parallel: bool) -> dict[str, list[Any]]:
+    """As lists: a tensor sent to another process needs the sender to be alive when it is read."""
     torch.manual_seed(3)
     model, _ = on_ranks(config_of("qwen3"), sequence_parallel, attention_dropout=0.5, hidden_dropout=0.5)
-    return masks(model)
+    return {name: mask.tolist() for name, mask in masks(model).items()}
 
 
 def test_dropout_masks() -> None:
     """Alike where ranks hold the same activations, else each rank's own; the ranks stay in step."""
     same = {
-        sequence_parallel: {name: torch.equal(first[name], second[name]) for name in first}
+        sequence_parallel: {name: first[name] == second[name] for name in first}
         for sequence_parallel in (False, True)
         for first, second in [run(2, dropped, sequence_parallel)]
     }
