@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessel.checkpoint.experts import as_stored, in_memory
 from tessel.checkpoint.metadata import read_side_files, write_metadata
 from tessel.checkpoint.safetensors import write_file
 from tessel.checkpoint.tiles import local_of, part_of, whole_tile
@@ -97,7 +98,8 @@ def _fill(tensor: Tensor, tile: Tile, stored: StoredTensor) -> None:
 
 def _matching(folder: Path, tiles: Mapping[str, Tile], own: Collection[str]) -> dict[str, StoredTensor]:
     """The stored tensor of every parameter, after all that could be wrong was looked for."""
-    stored = {name: info for name, info in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
+    files = {name: info for name, info in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
+    stored = in_memory(files)
     if HEAD not in tiles and HEAD in stored:
         _drop_tied_head(folder, stored, tiles[EMBEDDING].index() if EMBEDDING in own else None)
     missing = [name for name in tiles if name not in stored]
@@ -159,7 +161,7 @@ def export(
 ) -> None:
     """Write a folder that transformers opens: safetensors, config.json, generation_config.json, tokenizer.
 
-    `tensors` are names as in the checkpoint and whole tensors on any device; they are converted to
+    `tensors` are names as in memory and whole tensors on any device; they are converted to
     `dtype` and written piece by piece, and at most one shard's worth of them is held. `folder`
     appears whole or not at all, and an older one there is replaced only by a whole one. For
     `side_files` see `read_side_files`.
@@ -170,7 +172,7 @@ def export(
     folder = Path(folder)
     require_replaceable(folder)
     with atomic_folder(folder) as temporary:
-        _write_shards(tensors, temporary, dtype, max_shard_bytes)
+        _write_shards(as_stored(tensors, config.family), temporary, dtype, max_shard_bytes)
         write_metadata(temporary, config, dtype, side_files)
 
 

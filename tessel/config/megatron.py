@@ -117,6 +117,14 @@ ACCEPTED: dict[str, Accepted] = {
         "--kv-head-repeat-before-uly-alltoall --use-fused-ring-attention-update --cp-window-size=1 "
         "--use-gloo-process-groups --torch-fsdp2-no-reshard-after-forward --init-model-with-meta-device"
     )),
+    **_accepted("experts are always computed in one grouped product where the device has one", (
+        "--moe-grouped-gemm --moe-use-legacy-grouped-gemm --gemm-gradient-accumulation-fusion "
+        "--moe-permute-fusion --use-fused-moe-token-permute-and-unpermute --moe-router-fusion"
+    )),
+    **_accepted("tokens always travel to their experts by all-to-all", (
+        "--moe-permutation-async-comm --moe-alltoall-overlap-comm --moe-fb-overlap --moe-shared-expert-overlap "
+        "--moe-enable-deepep"
+    )),
     **_accepted("data is memory-mapped and indexed in one pass", (
         "--num-dataset-builder-threads=1 --no-mmap-bin-files --dataloader-fast-cache-load "
         "--dataloader-defer-npy-index-mmap --dataset-impl=1"
@@ -143,6 +151,7 @@ ACCEPTED: dict[str, Accepted] = {
     "--partitions": Accepted(1, "files are read in one go", only=("1",)),
     "--handler-name": Accepted(1, "always so", only=("GeneralPretrainHandler",)),
 }  # fmt: skip
+    "--moe-zero-memory": Accepted(1, "use --recompute-granularity", only=("disable",)),
 
 INSTEAD: dict[str, str] = {
     "--batch-size": "use --micro-batch-size",
@@ -168,6 +177,8 @@ INSTEAD: dict[str, str] = {
     "--model-type": "the kind of model is read from config.json",
     "--model-type-hf": "the family is read from config.json",
     "--params-dtype": "use --bf16, --fp16 or --fp32",
+    "--moe-tp-extend-ep": "use --expert-tensor-parallel-size 1 and a larger --expert-model-parallel-size",
+    "--moe-extended-tp": "use --expert-tensor-parallel-size",
     "--yaml-cfg": "use --config",
     "--trust-remote-code": "code from a model's folder is never run",
     "--no-load-strict": "missing or surplus tensors are always errors",
@@ -185,9 +196,9 @@ LATER: dict[str, str] = {
     **_later("two-dimensional tensor parallelism", (
         "--tp-2d --tp-x --tp-y"
     )),
-    **_later("mixture-of-experts models", (
-        "--num-experts --first-k-dense-replace --norm-topk-prob --gemm-gradient-accumulation-fusion "
-        "--use-fused-moe-token-permute-and-unpermute"
+    **_later("this part of a mixture of experts", (
+        "--moe-router-num-groups --moe-router-group-topk --moe-input-jitter-eps --moe-use-upcycling "
+        "--moe-latent-size --moe-per-layer-logging --moe-router-force-load-balancing"
     )),
     **_later("finer ways to save memory (--recompute-granularity is there)", (
         "--recompute-modules --recompute-activation-function --recompute-activation-function-num-layers "
@@ -234,7 +245,7 @@ LATER: dict[str, str] = {
         "--num-beams --hf-chat-template --add-eos-token --stream --prompt-file "
         "--inference-batch-times-seqlen-threshold --max-tokens-to-oom"
     )),
-    **_later("models other than Qwen2, Qwen3, Llama and Mistral as config.json describes them", (
+    **_later("models other than Qwen, Llama, Mistral and Mixtral as config.json describes them", (
         "--use-legacy-models --multi-latent-attention --mtp-num-layers --mtp-loss-scaling-factor "
         "--apply-layernorm-1p --openai-gelu --squared-relu --quick-geglu --rotary-interleaved --mrope-section "
         "--onnx-safe --apply-residual-connection-post-layernorm --relative-attention-num-buckets "
@@ -247,7 +258,7 @@ LATER: dict[str, str] = {
 }  # fmt: skip
 
 LATER_FAMILIES: tuple[tuple[str, str], ...] = (
-    ("--moe-", "mixture-of-experts models"),
+    ("--moe-", "this part of a mixture of experts"),
     ("--lora-", "LoRA"),
     ("--lu-lora-", "LoRA"),
     ("--fp8-", "fp8 training (use --bf16)"),

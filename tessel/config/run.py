@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from tessel.config.experts import Experts
 from tessel.config.field import option
 from tessel.config.layout import Launch, Layout
 
@@ -51,6 +52,18 @@ class ModelShape:
         None, "pad the embedding's rows to a multiple of this (128 for a model from shape flags)"
     )
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
+    num_experts: int | None = option(None, "experts in a layer of a mixture of experts")
+    moe_router_topk: int | None = option(None, "experts of each token (2 for a model from shape flags)")
+    moe_ffn_hidden_size: int | None = option(
+        None, "inner width of one expert; --ffn-hidden-size if not given", aliases=("--moe-intermediate-size",)
+    )
+    moe_shared_expert_intermediate_size: int | None = option(None, "inner width of the expert that sees every token")
+    moe_shared_expert_gate: bool = option(False, "a sigmoid gate on that expert")
+    moe_layer_freq: str | None = option(
+        None, 'which layers have experts: N is every N-th from the first, "[0]*1+[1]*23" says it layer by layer'
+    )
+    first_k_dense_replace: int | None = option(None, "the first so many layers have no experts; -1 and 0: all have")
+    norm_topk_prob: bool = option(False, "the weights of the chosen experts add up to 1")
     attention_dropout: float = option(0.0, "dropout of attention probabilities (Megatron's own default is 0.1)")
     hidden_dropout: float = option(0.0, "dropout of each residual branch (Megatron's own default is 0.1)")
 
@@ -296,6 +309,7 @@ class RunConfig:
 
     model: ModelShape = field(default_factory=ModelShape)
     batch: Batch = field(default_factory=Batch)
+    experts: Experts = field(default_factory=Experts)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     precision: Precision = field(default_factory=Precision)

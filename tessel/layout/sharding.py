@@ -31,6 +31,8 @@ Split = Literal["replicated", "column", "row", "vocab"]
 #   tied_stages  the copies of a tied embedding on the first and on the last pipeline stage
 PartialAxis = Literal["tp", "sequence", "kv_replicas", "tied_stages"]
 
+_PLAIN_MLP = ("gate_proj", "up_proj", "down_proj")
+
 # normal: N(0, std); scaled_normal: N(0, std / sqrt(2 x layers)), for what writes into the residual stream.
 Init = Literal["normal", "scaled_normal", "ones", "zeros"]
 
@@ -62,6 +64,13 @@ class DecoderShape(Protocol):
     def qk_norm(self) -> bool: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def shared_expert_intermediate_size(self) -> int: ...
+    def has_experts(self, layer: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,8 @@ class ParamRule:
         return len(self.shape) > 1
 
 
-def _replicated(size: int, init: Init, *partial_axes: PartialAxis) -> ParamRule:
-    return ParamRule((size,), "replicated", init, partial_axes=partial_axes)
+def _replicated(shape: tuple[int, ...], init: Init, *partial_axes: PartialAxis) -> ParamRule:
+    return ParamRule(shape, "replicated", init, partial_axes=partial_axes)
 
 
 def _column(shape: tuple[int, ...], blocks: int, init: Init, kv: bool = False) -> ParamRule:
@@ -107,27 +116,56 @@ def _vocab(config: DecoderShape, *partial_axes: PartialAxis) -> ParamRule:
     return ParamRule(shape, "vocab", "normal", 0, shape[0], False, partial_axes, is_embedding_or_output=True)
 
 
+def _expert(config: DecoderShape, split: Literal["column", "row"]) -> ParamRule:
+    """One matrix of every expert, stacked: ep cuts dim 0, etp the features inside the experts."""
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    if split == "column":
+        return ParamRule((config.num_experts, inner, hidden), "column", "normal", 1, inner, is_expert=True)
+    return ParamRule((config.num_experts, hidden, inner), "row", "scaled_normal", 2, inner, is_expert=True)
+
+
+def _mixture(config: DecoderShape, mlp: str) -> dict[str, ParamRule]:
+    """The rows of a layer with experts. Its router and gates see each rank's own tokens alone."""
+    hidden, shared = config.hidden_size, config.shared_expert_intermediate_size
+    table = {
+        mlp + "gate.weight": _replicated((config.num_experts, hidden), "normal", "sequence"),
+        mlp + "experts.gate_proj": _expert(config, "column"),
+        mlp + "experts.up_proj": _expert(config, "column"),
+        mlp + "experts.down_proj": _expert(config, "row"),
+    }
+    if shared:
+        table[mlp + "shared_expert.gate_proj.weight"] = _column((shared, hidden), shared, "normal")
+        table[mlp + "shared_expert.up_proj.weight"] = _column((shared, hidden), shared, "normal")
+        table[mlp + "shared_expert.down_proj.weight"] = _row((hidden, shared), shared)
+        table[mlp + "shared_expert_gate.weight"] = _replicated((1, hidden), "normal", "sequence")
+    return table
+
+
 def rules(config: DecoderShape) -> dict[str, ParamRule]:
-    """The table of a model: name pattern -> rule, in the order of the forward pass."""
+    """The table of a model: name pattern -> rule. A layer has the rows of a plain MLP, or those of a mixture."""
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     layer = "model.layers.*."
     attention, mlp = layer + "self_attn.", layer + "mlp."
     tied = config.tie_word_embeddings
+    with_experts = [config.has_experts(number) for number in range(config.num_hidden_layers)]
 
     table = {
         "model.embed_tokens.weight": _vocab(config, "tied_stages") if tied else _vocab(config),
-        layer + "input_layernorm.weight": _replicated(hidden, "ones", "sequence"),
+        layer + "input_layernorm.weight": _replicated((hidden,), "ones", "sequence"),
         attention + "q_proj.weight": _column((heads * head, hidden), heads, "normal"),
         attention + "k_proj.weight": _column((kv_heads * head, hidden), kv_heads, "normal", kv=True),
         attention + "v_proj.weight": _column((kv_heads * head, hidden), kv_heads, "normal", kv=True),
         attention + "o_proj.weight": _row((hidden, heads * head), heads),
-        layer + "post_attention_layernorm.weight": _replicated(hidden, "ones", "sequence"),
-        mlp + "gate_proj.weight": _column((inner, hidden), inner, "normal"),
-        mlp + "up_proj.weight": _column((inner, hidden), inner, "normal"),
-        mlp + "down_proj.weight": _row((hidden, inner), inner),
-        "model.norm.weight": _replicated(hidden, "ones", "sequence"),
+        layer + "post_attention_layernorm.weight": _replicated((hidden,), "ones", "sequence"),
+        "model.norm.weight": _replicated((hidden,), "ones", "sequence"),
     }
+    if not all(with_experts):
+        table[mlp + "gate_proj.weight"] = _column((inner, hidden), inner, "normal")
+        table[mlp + "up_proj.weight"] = _column((inner, hidden), inner, "normal")
+        table[mlp + "down_proj.weight"] = _row((hidden, inner), inner)
+    if any(with_experts):
+        table |= _mixture(config, mlp)
     if not tied:
         table["lm_head.weight"] = _vocab(config)
     if config.attention_bias:
@@ -136,14 +174,14 @@ def rules(config: DecoderShape) -> dict[str, ParamRule]:
         table[attention + "v_proj.bias"] = _column((kv_heads * head,), kv_heads, "zeros", kv=True)
     if config.attention_output_bias:
         # Added once, after the ranks' products are summed.
-        table[attention + "o_proj.bias"] = _replicated(hidden, "zeros", "sequence")
+        table[attention + "o_proj.bias"] = _replicated((hidden,), "zeros", "sequence")
     if config.qk_norm:
-        table[attention + "q_norm.weight"] = _replicated(head, "ones", "tp")
-        table[attention + "k_norm.weight"] = _replicated(head, "ones", "tp")
+        table[attention + "q_norm.weight"] = _replicated((head,), "ones", "tp")
+        table[attention + "k_norm.weight"] = _replicated((head,), "ones", "tp")
     if config.mlp_bias:
         table[mlp + "gate_proj.bias"] = _column((inner,), inner, "zeros")
         table[mlp + "up_proj.bias"] = _column((inner,), inner, "zeros")
-        table[mlp + "down_proj.bias"] = _replicated(hidden, "zeros", "sequence")
+        table[mlp + "down_proj.bias"] = _replicated((hidden,), "zeros", "sequence")
     return table
 
 
@@ -152,13 +190,20 @@ def pattern_of(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
+def _is_in_layer(pattern: str, config: DecoderShape, layer: int) -> bool:
+    """Whether a layer has this row: a plain MLP has none of a mixture, and the other way round."""
+    if ".mlp." not in pattern:
+        return True
+    return (pattern.split(".mlp.")[1].split(".")[0] not in _PLAIN_MLP) == config.has_experts(layer)
+
+
 def parameters(config: DecoderShape) -> dict[str, ParamRule]:
     """Every parameter of the model by its full name, layer by layer, with its rule."""
     expanded: dict[str, ParamRule] = {}
     table = rules(config)
     for number in range(config.num_hidden_layers):
         for pattern, rule in table.items():
-            if "*" in pattern:
+            if "*" in pattern and _is_in_layer(pattern, config, number):
                 expanded[pattern.replace("*", str(number))] = rule
     return {**{pattern: rule for pattern, rule in table.items() if "*" not in pattern}, **expanded}
 
@@ -172,7 +217,9 @@ def rule_of(name: str, config: DecoderShape) -> ParamRule:
     table = rules(config)
     rule = table.get(pattern_of(name))
     layers = [int(part) for part in name.split(".") if part.isdigit()]
-    if rule is None or any(layer >= config.num_hidden_layers for layer in layers):
+    if rule is None or any(
+        layer >= config.num_hidden_layers or not _is_in_layer(pattern_of(name), config, layer) for layer in layers
+    ):
         raise TesselError(
             f"{name}: the sharding table has no such parameter; a model of {config.num_hidden_layers} layers of this "
             f"family has {', '.join(table)}."

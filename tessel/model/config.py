@@ -5,36 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tessel.config.experts import Experts
 from tessel.config.run import ModelShape
 from tessel.errors import TesselError, UsageError
+from tessel.model.families import ARCHITECTURES, DEFAULTS, FAMILIES, WHOLE, experts_from_hf, experts_to_hf
+from tessel.model.mixture import router_changes
 from tessel.model.shape import contradictions, fields_from_shape, flags_of
 
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
-_ARCHITECTURES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
-_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 # What must be a number where config.json has it; null says "not given" for the keys in _MAY_BE_NULL alone.
-_WHOLE = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_WHOLE = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", *WHOLE)
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "rope_theta", "sliding_window")
 _POSITIVE = ("rms_norm_eps", "rope_theta")
 
-# What transformers assumes where config.json leaves a key out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-}
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _ROPE_TEXTS = ("type", "rope_type")
 _ROPE_NEEDS = {
@@ -46,11 +34,15 @@ _ROPE_NEEDS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder with RMSNorm, SwiGLU and rotary positions.
+    """A decoder with RMSNorm, SwiGLU and rotary positions, dense or a mixture of experts.
 
     `rope_scaling` is None for plain RoPE, else a mapping with `rope_type` (linear, llama3 or yarn)
     and that type's numbers. `layer_types` has one of "full_attention" and "sliding_attention" a
     layer, or is None where all layers are alike. `raw` is config.json as it was read.
+
+    A mixture has `num_experts` in each layer but the `dense_layers`, and `num_experts_per_tok` of them see a
+    token; `norm_topk_prob` says whether their weights add up to 1. A shared expert, of an inner width above 0,
+    sees every token.
     """
 
     family: str
@@ -73,6 +65,14 @@ class ModelConfig:
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
     initializer_range: float = 0.02
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+    norm_topk_prob: bool = True
+    scoring_func: str = "softmax"
+    routed_scaling_factor: float = 1.0
     dtype: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -81,6 +81,10 @@ class ModelConfig:
         if self.layer_types is None:
             return self.sliding_window
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -113,7 +117,7 @@ class ModelConfig:
         family = _family(raw)
         _check_features(raw, family)
         _check_values(raw)
-        known = {**_DEFAULTS[family], **raw}
+        known = {**DEFAULTS[family], **raw}
         heads, layers = int(raw["num_attention_heads"]), int(raw["num_hidden_layers"])
         kv_heads = int(known.get("num_key_value_heads") or heads)
         head_dim = int(known.get("head_dim") or int(raw["hidden_size"]) // heads)
@@ -122,8 +126,8 @@ class ModelConfig:
         if head_dim % 2:
             raise TesselError(f"head_dim {head_dim} is odd, and rotary positions turn pairs.")
         sliding_window, layer_types = _windows(known, family, layers)
-        theta, scaling = _rope(raw, int(known["max_position_embeddings"]))
-        bias = family in ("qwen3", "llama") and bool(raw.get("attention_bias", False))
+        theta, scaling = _rope(raw, int(known["max_position_embeddings"]), DEFAULTS[family].get("rope_theta", 10000.0))
+        bias = family in ("qwen3", "llama", "qwen3_moe") and bool(raw.get("attention_bias", False))
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         return cls(
             family=family,
@@ -134,17 +138,18 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=float(known.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=family == "qwen2" or bias,
+            attention_bias=family == "qwen2" or bias or (family == "qwen2_moe" and bool(known["qkv_bias"])),
             attention_output_bias=bias,
             mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             max_position_embeddings=int(known["max_position_embeddings"]),
             sliding_window=sliding_window,
             layer_types=layer_types,
+            **experts_from_hf(raw, family, layers),
             initializer_range=float(raw.get("initializer_range", 0.02)),
             dtype=str(dtype).removeprefix("torch.") if dtype else None,
             raw=dict(raw),
@@ -154,7 +159,8 @@ class ModelConfig:
     def from_shape(cls, shape: ModelShape, vocab_size: int | None = None) -> ModelConfig:
         """The model that Megatron's shape flags describe, by Megatron's defaults for the flags that are left out.
 
-        Qwen2 with `--add-qkv-bias`, Qwen3 with `--qk-layernorm`, else Llama. Embedding rows are
+        Qwen2 with `--add-qkv-bias`, Qwen3 with `--qk-layernorm`, else Llama; with `--num-experts` Qwen2-MoE where
+        there is a shared expert, Qwen3-MoE with `--qk-layernorm`, else Mixtral. Embedding rows are
         `--padded-vocab-size`, or the vocabulary padded to `--make-vocab-size-divisible-by`
         (128). `vocab_size` is the tokenizer's size where it is known, and stands before
         `--vocab-size` (a NullTokenizer has one id more than that flag says).
@@ -179,6 +185,14 @@ class ModelConfig:
                 f"The model's config.json contradicts {'; '.join(wrong)}. Leave these flags out, or load another model."
             )
 
+    def with_router_options(self, experts: Experts, given: frozenset[str] | set[str]) -> ModelConfig:
+        """This model with what a run's options change about how its tokens are routed; config.json says it then, too.
+
+        Raises:
+            UsageError: options that do not go together, or that are about experts which the model lacks.
+        """
+        return replace(self, **router_changes(self, experts, given))
+
     def shape_flags(self) -> dict[str, Any]:
         """The model as Megatron's shape flags would have it, by field name."""
         return flags_of(self) | {
@@ -195,7 +209,7 @@ class ModelConfig:
         rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
         hf = dict(self.raw)
         hf.update(
-            architectures=[_ARCHITECTURES[self.family]],
+            architectures=[ARCHITECTURES[self.family]],
             model_type=self.family,
             hidden_act="silu",
             rope_scaling=dict(self.rope_scaling) if self.rope_scaling else None,
@@ -205,16 +219,19 @@ class ModelConfig:
             hf[key] = getattr(self, key)
         for key in ("tie_word_embeddings", "max_position_embeddings", "initializer_range"):
             hf[key] = getattr(self, key)
-        if self.family in ("qwen3", "llama"):
+        if self.family in ("qwen3", "llama", "qwen3_moe"):
             hf["attention_bias"] = self.attention_bias
         if self.family == "llama":
             hf["mlp_bias"] = self.mlp_bias
-        if self.family == "mistral":
+        if self.family == "qwen2_moe":
+            hf["qkv_bias"] = self.attention_bias
+        if self.family in ("mistral", "mixtral"):
             hf["sliding_window"] = self.sliding_window
         if self.family in ("qwen2", "qwen3"):
             hf["use_sliding_window"] = self.sliding_window is not None
             hf["sliding_window"] = self.sliding_window
             hf["layer_types"] = list(self.layer_types or ["full_attention"] * self.num_hidden_layers)
+        hf |= experts_to_hf(self)
         if self.dtype is not None:
             hf["dtype"] = hf["torch_dtype"] = self.dtype
         return hf
@@ -224,13 +241,11 @@ def _family(raw: Mapping[str, Any]) -> str:
     architectures = raw.get("architectures") or []
     kind = raw.get("model_type")
     if kind is None:
-        by_architecture = {name: family for family, name in _ARCHITECTURES.items()}
+        by_architecture = {name: family for family, name in ARCHITECTURES.items()}
         kind = next((by_architecture[name] for name in architectures if name in by_architecture), None)
     if kind in FAMILIES:
         return str(kind)
     supported = f"supported are {', '.join(FAMILIES)}"
-    if kind in _MIXTURES:
-        raise TesselError(f"model_type {kind!r} is a mixture of experts, which is not supported yet; {supported}.")
     raise TesselError(f"model_type {kind!r} (architectures {architectures}) is not supported; {supported}.")
 
 
@@ -266,6 +281,7 @@ def _check_values(raw: Mapping[str, Any]) -> None:
         ("rope_scaling", Mapping, "an object"),
         ("rope_parameters", Mapping, "an object"),
         ("layer_types", list, "a list"),
+        ("mlp_only_layers", list, "a list"),
     ):
         if raw.get(key) is not None and not isinstance(raw[key], kind):
             raise TesselError(f"{key} is {raw[key]!r}: it must be {what}. Take config.json from the model's source.")
@@ -276,8 +292,10 @@ def _windows(known: Mapping[str, Any], family: str, layers: int) -> tuple[int | 
     window = known.get("sliding_window")
     if family == "llama":
         return None, None
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         return (int(window) if window else None), None
+    if family in ("qwen2_moe", "qwen3_moe"):
+        return None, None
     window = known.get("sliding_window", 4096) if known.get("use_sliding_window", False) else None
     types = known.get("layer_types")
     if types is None:
@@ -301,7 +319,9 @@ def _is_rope_value(value: Any) -> bool:
     return value is None or isinstance(value, (int, float, list))
 
 
-def _rope(raw: Mapping[str, Any], max_position_embeddings: int) -> tuple[float, Mapping[str, Any] | None]:
+def _rope(
+    raw: Mapping[str, Any], max_position_embeddings: int, default_theta: float
+) -> tuple[float, Mapping[str, Any] | None]:
     """(theta, scaling) from any spelling: rope_theta + rope_scaling (transformers 4), rope_parameters (5)."""
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in rope.values()):
@@ -309,7 +329,7 @@ def _rope(raw: Mapping[str, Any], max_position_embeddings: int) -> tuple[float, 
     wrong = [key for key, value in rope.items() if key not in _ROPE_TEXTS and not _is_rope_value(value)]
     if wrong:
         raise TesselError(f"{wrong[0]} of the RoPE parameters is {rope[wrong[0]]!r}: it must be a number.")
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or default_theta
     old_spelling = rope.pop("type", None)
     kind = rope.pop("rope_type", None) or old_spelling or "default"
     if kind not in _ROPE_TYPES:

@@ -41,33 +41,54 @@ def initialize_(
     model.layers.*.mlp.up_proj.bias                0
     model.layers.*.mlp.down_proj.weight            normal(0, std / sqrt(2 * layers))
     model.layers.*.mlp.down_proj.bias              0
+    model.layers.*.mlp.gate.weight                 normal(0, std)
+    model.layers.*.mlp.experts.gate_proj           normal(0, std)
+    model.layers.*.mlp.experts.up_proj             normal(0, std)
+    model.layers.*.mlp.experts.down_proj           normal(0, std / sqrt(2 * layers))
+    model.layers.*.mlp.shared_expert_gate.weight   normal(0, std)
     model.norm.weight                              1
     lm_head.weight                                 normal(0, std)
     ============================================== =================================
 
-    `std` is `--init-method-std`. The laws stand in the sharding table; a test holds this one against
+    A shared expert has the laws of an MLP. `std` is `--init-method-std`. The laws stand in the sharding table; a test holds this one against
     it. A parameter's values depend on `seed` and its name alone: they are drawn on the CPU in fp32 from
     a generator of its own, whatever the device, the dtype or the layout, and the run's own random
     state is left as it was. A parameter that is held in part (`tiles`, by name) is drawn whole and cut;
-    padding is 0.
+    padding is 0. Experts are drawn one by one.
     """
     table = rules(config)
     stds = {"normal": std, "scaled_normal": std / math.sqrt(2 * config.num_hidden_layers)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            law = table[pattern_of(name)].init
-            if law in stds:
-                tile = tiles[name] if tiles is not None else None
-                generator = torch.Generator("cpu").manual_seed(_seed_of(seed, name))
-                shape = parameter.shape if tile is None else tile.shape
-                values = torch.empty(shape, dtype=torch.float32, device="cpu")
-                values.normal_(0.0, stds[law], generator=generator)
-                if tile is None:
-                    parameter.copy_(values)
-                else:
-                    parameter.zero_()[tile.local_index()] = values[tile.index()].to(parameter)
+            rule = table[pattern_of(name)]
+            if rule.init in stds:
+                draw_ = _draw_experts_ if rule.is_expert else _draw_
+                draw_(parameter, rule.shape, stds[rule.init], seed, name, tiles[name] if tiles is not None else None)
             else:
-                parameter.fill_(1.0 if law == "ones" else 0.0)
+                parameter.fill_(1.0 if rule.init == "ones" else 0.0)
+
+
+def _draw_(
+    parameter: nn.Parameter, shape: tuple[int, ...], std: float, seed: int, name: str, tile: Tile | None
+) -> None:
+    generator = torch.Generator("cpu").manual_seed(_seed_of(seed, name))
+    values = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+    if tile is None:
+        parameter.copy_(values)
+    else:
+        parameter.zero_()[tile.local_index()] = values[tile.index()].to(parameter)
+
+
+def _draw_experts_(
+    parameter: nn.Parameter, shape: tuple[int, ...], std: float, seed: int, name: str, tile: Tile | None
+) -> None:
+    """Expert by expert, each from a generator of its own, so that a rank draws its own experts alone."""
+    first, stop = (0, shape[0]) if tile is None else (tile.start[0], tile.stop[0])
+    inside = (slice(None), slice(None)) if tile is None else tile.index()[1:]
+    for expert in range(first, stop):
+        generator = torch.Generator("cpu").manual_seed(_seed_of(seed, f"{name}.{expert}"))
+        values = torch.empty(shape[1:], dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+        parameter[expert - first].copy_(values[inside])
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -8,11 +8,13 @@ from typing import Any, Protocol
 from tessel.config.run import ModelShape
 from tessel.errors import UsageError
 from tessel.layout.sharding import DecoderShape
+from tessel.model.families import Mixture
+from tessel.model.mixture import dense_layers, experts_from_shape, family_of, flags_of_experts
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 
 
-class ShapedModel(DecoderShape, Protocol):
+class ShapedModel(DecoderShape, Mixture, Protocol):
     """What flags are compared with; `tessel.model.config.ModelConfig` is one."""
 
     @property
@@ -47,13 +49,14 @@ def fields_from_shape(shape: ModelShape, vocab_size: int | None = None) -> dict[
             f"--num-attention-heads {heads} is not a multiple of --num-query-groups {kv_heads}; "
             f"choose a divisor of {heads}."
         )
-    family = "qwen2" if shape.add_qkv_bias else "qwen3" if shape.qk_layernorm else "llama"
+    family = family_of(shape)
+    # Megatron's rule for a gated MLP: two thirds of 4 x hidden, in whole blocks of 64.
+    inner = shape.ffn_hidden_size or int(4 * hidden * 2 / 3 / 64) * 64
     return {
         "family": family,
         "vocab_size": _rows(shape, vocab_size),
         "hidden_size": hidden,
-        # Megatron's rule for a gated MLP: two thirds of 4 x hidden, in whole blocks of 64.
-        "intermediate_size": shape.ffn_hidden_size or int(4 * hidden * 2 / 3 / 64) * 64,
+        "intermediate_size": inner,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -62,10 +65,11 @@ def fields_from_shape(shape: ModelShape, vocab_size: int | None = None) -> dict[
         "rope_theta": 10000.0 if shape.rotary_base is None else float(shape.rotary_base),
         "rope_scaling": _scaling(shape),
         "tie_word_embeddings": not shape.untie_embeddings_and_output_weights,
-        "attention_bias": family == "qwen2",
-        "qk_norm": family == "qwen3",
+        "attention_bias": shape.add_qkv_bias,
+        "qk_norm": shape.qk_layernorm,
         "max_position_embeddings": shape.max_position_embeddings,
         "initializer_range": shape.init_method_std,
+        **experts_from_shape(shape, family, layers, inner),
     }
 
 
@@ -152,6 +156,10 @@ def contradictions(config: ShapedModel, shape: ModelShape, given: set[str]) -> l
     grouped = config.num_key_value_heads < config.num_attention_heads
     if "group_query_attention" in given and grouped and not shape.group_query_attention:
         wrong.append(f"--group-query-attention off (the model has {config.num_key_value_heads} key/value heads)")
+    if config.num_experts and given & {"moe_layer_freq", "first_k_dense_replace"}:
+        asked = dense_layers(shape, config.num_hidden_layers)
+        if asked != config.dense_layers:
+            wrong.append(f"--moe-layer-freq: layers {asked} without experts (the model: {config.dense_layers})")
     if shape.use_rope_scaling and "use_rope_scaling" in given and actual["rope_scaling_type"] != "llama3":
         wrong.append(f"--use-rope-scaling (the model's RoPE scaling: {actual['rope_scaling_type']})")
     return wrong
@@ -182,4 +190,5 @@ def flags_of(config: ShapedModel) -> dict[str, Any]:
         "add_qkv_bias": config.attention_bias,
         "qk_layernorm": config.qk_norm,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        **flags_of_experts(config, config.num_hidden_layers),
     }

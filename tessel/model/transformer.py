@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessel.model.attention import Attention, KeyValueCache, Visibility, run_lengths
+from tessel.model.balance import Balance, RouterOptions
 from tessel.model.config import ModelConfig
 from tessel.model.kernels import Kernels
 from tessel.model.layers import MLP, Embedding, Linear, RMSNorm
 from tessel.model.loss import VocabularyPart, chunked_linear_cross_entropy, chunked_nll
+from tessel.model.moe import MixtureOfExperts
 from tessel.model.offload import Offload
 from tessel.model.recompute import CORE_ATTENTION, LAYERNORM, MOE, Recompute, forgetting, recomputed
 from tessel.model.recompute import MLP as WHOLE_MLP
@@ -36,6 +38,7 @@ class Layer(nn.Module):
         kernels: Kernels,
         attention_dropout: float,
         hidden_dropout: float,
+        balance: Balance,
         offload: Offload | None = None,
     ) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer, kernels.attention, attention_dropout)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MixtureOfExperts(config, layer, balance) if config.has_experts(layer) else MLP(config)
 
     def forward(
         self, x_BSE: Tensor, rope: tuple[Tensor, Tensor], visibility: Visibility, cache: KeyValueCache | None = None
@@ -96,6 +99,7 @@ class Decoder(nn.Module):
         attention_dropout: float,
         hidden_dropout: float,
         recompute: Recompute | None,
+        balance: Balance,
         offload: Offload | None = None,
     ) -> None:
         super().__init__()
@@ -107,7 +111,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict(
             {
-                str(layer): Layer(config, layer, kernels, attention_dropout, hidden_dropout, offload)
+                str(layer): Layer(config, layer, kernels, attention_dropout, hidden_dropout, balance, offload)
                 for layer in range(config.num_hidden_layers)
             }
         )
@@ -207,10 +211,14 @@ class Transformer(nn.Module):
         recompute: Recompute | None = None,
         loss_chunk_tokens: int | None = None,
         offload: Offload | None = None,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         self.config, self.loss_chunk_tokens = config, loss_chunk_tokens
-        self.model = Decoder(config, kernels or Kernels(), attention_dropout, hidden_dropout, recompute, offload)
+        self.balance = balance or Balance(config, RouterOptions())
+        self.model = Decoder(
+            config, kernels or Kernels(), attention_dropout, hidden_dropout, recompute, self.balance, offload
+        )
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         # Set where the head and the embedding hold some rows of the vocabulary only.
         self.vocabulary: VocabularyPart | None = None

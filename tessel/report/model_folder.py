@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tessel.checkpoint.names import places_of
 from tessel.data.tokenizer import HuggingFaceTokenizer, has_tokenizer
 from tessel.errors import TesselError
 from tessel.layout.sharding import parameters, pattern_of
@@ -142,7 +143,8 @@ def _weight_values(tensors: list[TensorFact] | None, config: ModelConfig | None)
     elif config is not None:
         values["parameters"] = sum(math.prod(rule.shape) for rule in parameters(config).values())
     if tensors is not None and config is not None:
-        stored, wanted = {tensor.name for tensor in tensors}, set(parameters(config))
+        stored = {place.name for tensor in tensors for place in places_of(tensor.name)}
+        wanted = set(parameters(config))
         # A tied head is often stored all the same.
         may_be_extra = {"lm_head.weight"} if config.tie_word_embeddings else set()
         values["missing_tensors"] = sorted(wanted - stored)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tessel.layout.tiles import Tile
+from tessel.model.balance import Balance
 from tessel.model.transformer import Transformer
 from tessel.parallel.peers import Peers
 from tessel.parallel.runner import Runner
@@ -22,7 +23,8 @@ class Learner:
     """This process's part of a model, what updates it, and the names under which a checkpoint holds both.
 
     `parts`: one module for each pipeline stage of this process; the whole model where there are no pipelines.
-    `tiles`: which part of the whole each parameter is, before data parallelism cuts it further.
+    `tiles`: which part of the whole each parameter is, before data parallelism cuts it further. `balance`: what
+    all routers share, of every part.
     """
 
     parts: tuple[Transformer, ...]
@@ -33,6 +35,7 @@ class Learner:
     gradients: Gradients
     peers: Peers
     tiles: Mapping[str, Tile]
+    balance: Balance
 
     def weights(self) -> dict[str, Tensor]:
         """This process's parameters by name, fp32, not copies."""

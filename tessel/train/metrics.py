@@ -26,7 +26,7 @@ class StepMetrics:
 
     `losses` are logged losses by name; a skipped iteration's are counted as NaN where they are not finite,
     and else ignored. `grad_norm`, `num_zeros` and `params_norm` are None where not measured; `learning_rate`
-    is the one that the next update will use.
+    is the one that the next update will use. `router` are figures of a mixture of experts, by name.
     """
 
     iteration: int
@@ -42,6 +42,7 @@ class StepMetrics:
     grad_norm: float | None = None
     num_zeros: float | None = None
     params_norm: float | None = None
+    router: Mapping[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
         """The figures under Megatron's tags; losses are left out of a skipped iteration."""
@@ -49,7 +50,7 @@ class StepMetrics:
             "learning-rate": self.learning_rate,
             "decoupled-learning-rate": self.decoupled_learning_rate,
             "batch-size": self.global_batch_size,
-            **({} if self.skipped else self.losses),
+            **({} if self.skipped else {**self.losses, **self.router}),
             "loss-scale": self.loss_scale,
             "grad-norm": self.grad_norm,
             "num-zeros": self.num_zeros,
@@ -77,6 +78,7 @@ class TrainingLog:
     peak_flops: float | None = None
     num_devices: int = 1
     _loss_sums: dict[str, np.float32] = field(default_factory=dict, init=False)
+    _router_sums: dict[str, np.float32] = field(default_factory=dict, init=False)
     _num_advanced: int = field(default=0, init=False)
     _num_skipped: int = field(default=0, init=False)
     _num_nan: int = field(default=0, init=False)
@@ -92,9 +94,10 @@ class TrainingLog:
             self._num_nan += any(not math.isfinite(loss) for loss in step.losses.values())
             return
         self._num_advanced += 1
-        for name, loss in step.losses.items():
-            # fp32, as in Megatron, so that an average over many iterations rounds alike.
-            self._loss_sums[name] = self._loss_sums.get(name, np.float32(0)) + np.float32(loss)
+        # fp32, as in Megatron, so that an average over many iterations rounds alike.
+        for sums, figures in ((self._loss_sums, step.losses), (self._router_sums, step.router)):
+            for name, figure in figures.items():
+                sums[name] = sums.get(name, np.float32(0)) + np.float32(figure)
 
     def line(self, step: StepMetrics, *, peak_memory_bytes: int | None = None, now: datetime | None = None) -> str:
         """The line for everything added since the last one, of which `step` is the last; starts anew."""
@@ -112,10 +115,12 @@ class TrainingLog:
             now=now or datetime.now(),
         )
         mfu = flops / self.peak_flops if flops is not None and self.peak_flops else None
+        router = {name: float(total) / max(1, self._num_advanced) for name, total in self._router_sums.items()}
         self._loss_sums = dict.fromkeys(self._loss_sums, np.float32(0))
+        self._router_sums.clear()
         self._num_advanced = self._num_skipped = self._num_nan = self._num_tokens = 0
         self._elapsed_s = 0.0
-        return line + format_speed(tokens_per_s, mfu, peak_memory_bytes)
+        return line + format_router(router) + format_speed(tokens_per_s, mfu, peak_memory_bytes)
 
 
 def format_line(
@@ -152,6 +157,11 @@ def format_line(
     line += f" number of skipped iterations: {num_skipped:3d} |"
     line += f" number of nan iterations: {num_nan:3d} |"
     return line
+
+
+def format_router(figures: Mapping[str, float]) -> str:
+    """The figures of a mixture of experts, after Megatron's last field: it prints them only beside TensorBoard."""
+    return "".join(f" {name}: {figure:.6E} |" for name, figure in figures.items())
 
 
 def format_speed(tokens_per_s: float, mfu: float | None, peak_memory_bytes: int | None) -> str:

@@ -90,6 +90,7 @@ def _check_folders(cfg: RunConfig) -> None:
         if folder is not None:
             require_writable(folder, flag)
 
+    model_config = model_config.with_router_options(cfg.experts, given)
 
 def _check_length(cfg: RunConfig, model_config: ModelConfig) -> None:
     seq_length, longest = cfg.batch.seq_length, model_config.max_position_embeddings
@@ -245,6 +246,7 @@ class _Run:
             evaluator.resume(position.iteration // interval)
         return evaluator
 
+            self._learner.balance,
     def _saver(self, resumed: Position | None) -> RunSaver:
         description = {"identity": self._identity, "config": self._cfg.to_dict()}
         return RunSaver(

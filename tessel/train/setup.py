@@ -23,6 +23,7 @@ from tessel.layout.sharding import parameters as sharding_rules
 from tessel.layout.stages import Stages
 from tessel.layout.tiles import Tile, num_padding_elements, tile_of
 from tessel.layout.topology import Place, Topology
+from tessel.model.balance import Balance, RouterOptions
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.kernels import choose
@@ -79,6 +80,8 @@ def build_learner(
     )
     log(kernels.describe())
 
+    balance = Balance(model_config, RouterOptions.from_options(cfg.experts))
+
     def build() -> Transformer:
         with torch.device("meta"):
             return Transformer(
@@ -87,6 +90,7 @@ def build_learner(
                 attention_dropout=cfg.model.attention_dropout,
                 hidden_dropout=cfg.model.hidden_dropout,
                 recompute=Recompute.from_options(cfg.kernels),
+                balance=balance,
             )
 
     tiles = tiles_of(model_config, groups)
@@ -112,6 +116,7 @@ def build_learner(
         gradients=_gradients(parameters, model_config, groups, cfg.layout),
         peers=Peers(groups),
         tiles=tiles,
+        balance=balance,
     )
 
 

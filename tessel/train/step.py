@@ -6,13 +6,14 @@ Shape suffixes: B micro-batch, S sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tessel.data.loader import MicroBatch
+from tessel.model.balance import Balance
 from tessel.parallel.peers import Peers
 from tessel.parallel.runner import Runner
 from tessel.train.gradients import Gradients
@@ -21,12 +22,16 @@ from tessel.train.scaler import DynamicScaler, GradScaler
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `loss` is the sum over the global batch of nll over its loss-bearing tokens."""
+    """What one step did. `loss` is the sum over the global batch of nll over its loss-bearing tokens.
+
+    `router`: the figures of a mixture of experts (`Balance.figures`).
+    """
 
     loss: float
     grad_norm: float | None
     num_zeros: float | None
     skipped: bool
+    router: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_finite(self) -> bool:
@@ -61,6 +66,7 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         gradients: Gradients,
         peers: Peers,
+        balance: Balance | None = None,
         *,
         scaler: GradScaler | None,
         clip_grad: float,
@@ -70,11 +76,12 @@ class TrainStep:
         skip_not_finite: bool,
         largest_gradient: float = math.inf,
     ) -> None:
-        """`largest_gradient` is where a scaled gradient counts as overflowed."""
+        """`largest_gradient` is where a scaled gradient counts as overflowed. `balance`: of a mixture of experts."""
         self._runner = runner
         self._optimizer = optimizer
         self._gradients = gradients
         self._peers = peers
+        self._balance = balance if balance is not None and balance.layers else None
         self.scaler = scaler
         self._clip_grad = clip_grad
         self._per_token_loss = per_token_loss
@@ -90,23 +97,32 @@ class TrainStep:
         A step whose result is not finite is not applied either: the caller decides what follows.
         """
         loss_value, divisor = self._forward_backward(batches)
+        router = self._balanced(len(batches), loss_value.device)
         loss = float(loss_value)
         self._gradients.finalize()
         finite = math.isfinite(loss)
         may_skip = self._skip_not_finite or (finite and isinstance(self.scaler, DynamicScaler))
         if self.scaler is not None and (finite or may_skip) and not self._unscale(float(divisor)):
             self._optimizer.zero_grad(set_to_none=True)
-            return StepResult(loss, None if may_skip else math.inf, None, skipped=may_skip)
+            return StepResult(loss, None if may_skip else math.inf, None, skipped=may_skip, router=router)
         norm = self._gradients.norm()
         if not finite or not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
-            return StepResult(loss, norm, None, skipped=self._skip_not_finite)
+            return StepResult(loss, norm, None, skipped=self._skip_not_finite, router=router)
         if self._clip_grad > 0:
             self._gradients.clip_(self._clip_grad, norm)
         zeros = self._gradients.num_zeros() if self._count_zeros else None
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, zeros, skipped=False)
+        return StepResult(loss, norm, zeros, skipped=False, router=router)
+
+    def _balanced(self, num_micro_batches: int, device: torch.device) -> Mapping[str, float]:
+        """The routers' figures of the step, over all processes; their biases follow the load."""
+        if self._balance is None:
+            return {}
+        sums_LR = self._peers.sum_everywhere(self._balance.take(device))
+        self._balance.update_bias(sums_LR)
+        return self._balance.figures(sums_LR, num_micro_batches * self._peers.num_replicas)
 
     def _forward_backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
         """Accumulate gradients; returns the logged loss, and what the gradients are still to be divided by.
@@ -122,6 +138,14 @@ class TrainStep:
         scale = self.scaler.scale if self.scaler is not None else 1.0
         # The scale goes into the weights, so that it reaches the logits' gradient before fp16 does.
         weights = [weights_BS * scale for weights_BS in weights]
+        if self._balance is not None:
+            # Megatron averages the routers' losses over micro-batches; under the rule per token it weighs each
+            # by its tokens, masked ones too, over those that count.
+            size = (
+                batches[0].tokens_BS.numel() if self._per_token_loss else 1.0 / len(batches) / self._peers.num_replicas
+            )
+            divisor = float(num_tokens) if self._per_token_loss and not divide_later else 1.0
+            self._balance.start_step(scale * size / divisor)
         losses = self._runner.train(batches, weights, self._z_loss_coeff)
         # A micro-batch's weights are all equal, or zero: dividing gives back its sum of nll.
         factors = torch.stack([weights_BS.amax() for weights_BS in weights]).double()

@@ -159,6 +159,7 @@ class Trainer:
             decoupled_learning_rate=decoupled_rate,
             loss_scale=parts.step.scaler.scale if parts.step.scaler is not None else 1.0,
             skipped=result.skipped,
+            router=result.router,
             grad_norm=result.grad_norm,
             num_zeros=result.num_zeros,
             params_norm=norm,

@@ -88,10 +88,14 @@ def test_flags_without_effect_may_stand_in_a_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--num-experts", "8"], "--num-experts is not supported yet: mixture-of-experts models; leave it out."),
         (
-            ["--moe-router-topk", "2"],
-            "--moe-router-topk is not supported yet: mixture-of-experts models; leave it out.",
+            ["--moe-router-num-groups", "8"],
+            "--moe-router-num-groups is not supported yet: this part of a mixture of experts; leave it out.",
+        ),
+        (
+            ["--moe-tp-extend-ep"],
+            "--moe-tp-extend-ep is not a flag of tessel: use --expert-tensor-parallel-size 1 and a larger "
+            "--expert-model-parallel-size.",
         ),
         (["--lora_r", "8"], "--lora-r is not supported yet: LoRA; leave it out."),
         (["--profile"], "--profile is not supported yet: profiling; leave it out."),
@@ -158,7 +162,7 @@ def test_no_flag_that_scripts_of_the_suites_use_for_training_is_unknown(shared: 
     assert unknown <= only_in_preprocessing
 
 
-@pytest.mark.parametrize("case", ["cosine", "blend_eod", "rampup_wsd", "per_token", "bf16", "fp16"])
+@pytest.mark.parametrize("case", ["cosine", "blend_eod", "rampup_wsd", "per_token", "bf16", "fp16", "moe_aux"])
 def test_flags_of_megatrons_own_runs_are_read(shared: Path, case: str):
     flags = json.loads((shared / "oracle" / "training" / f"{case}.json").read_text())["flags"]
     parsed = read(*flags)

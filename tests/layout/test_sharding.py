@@ -30,6 +30,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 8},
     "llama biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 6,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [0, 5],
+    },
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
 }
 
 
@@ -116,7 +125,8 @@ def test_an_unknown_parameter_is_refused(name: str) -> None:
 def test_groups_and_partial_sums(family: str) -> None:
     config = config_of(family)
     for name, rule in rules(config).items():
-        assert rule.weight_decay == (name.endswith(".weight") and "norm" not in name), name
+        assert rule.weight_decay == (not name.endswith(".bias") and "norm" not in name), name
+        assert rule.is_expert == (".mlp.experts." in name)
         assert rule.is_embedding_or_output == (name in ("model.embed_tokens.weight", "lm_head.weight"))
         assert ("kv_replicas" in rule.partial_axes) == (".k_proj." in name or ".v_proj." in name)
         assert ("tp" in rule.partial_axes) == ("q_norm" in name or "k_norm" in name)

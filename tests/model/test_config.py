@@ -65,7 +65,7 @@ def test_the_context_before_scaling() -> None:
     assert original(rope_scaling=inside, original_max_position_embeddings=32) == 32
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_absent_keys_mean_what_they_mean_to_transformers(model_type: str) -> None:
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     raw = {"model_type": model_type, **{key: BASE[key] for key in needed}, "num_attention_heads": 32}
@@ -75,7 +75,12 @@ def test_absent_keys_mean_what_they_mean_to_transformers(model_type: str) -> Non
     for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8)
-    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.sliding_window == (getattr(theirs, "sliding_window", None) or None)
+    if ours.num_experts:
+        for name in ("num_experts", "num_experts_per_tok"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+        for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob"):
+            assert getattr(ours, name) == getattr(theirs, name, getattr(ours, name)), name
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.initializer_range == theirs.initializer_range
 
@@ -99,8 +104,12 @@ def test_sliding_windows() -> None:
     ("raw", "message"),
     [
         (hf("gpt2"), "model_type 'gpt2' .* supported are qwen2, qwen3, llama, mistral"),
-        (hf("qwen3_moe"), "'qwen3_moe' is a mixture of experts, which is not supported yet"),
-        (hf("mixtral"), "'mixtral' is a mixture of experts"),
+        (hf("mixtral", num_local_experts=2, num_experts_per_tok=3), "num_experts_per_tok 3 is more than the 2 experts"),
+        (hf("qwen3_moe", use_sliding_window=True), "use_sliding_window is not supported in a qwen3_moe model"),
+        (hf("mixtral", router_jitter_noise=0.1), "router_jitter_noise is not supported"),
+        (hf("mixtral", scoring_func="cosine"), "scoring_func 'cosine' is not supported"),
+        (hf("qwen2_moe", mlp_only_layers=["0"]), "mlp_only_layers is .*: it must be a list of layers' numbers"),
+        (hf("qwen2_moe", decoder_sparse_step=0), "decoder_sparse_step is 0: it must be a whole number above 0"),
         (BASE, r"model_type None \(architectures \[\]\) is not supported"),
         (hf("llama", hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
         (hf("llama", vocab_size=None), "lacks vocab_size"),
@@ -182,6 +191,9 @@ ROUND_TRIPS = [
     hf("llama", rope_scaling={"type": "linear", "factor": 2.0}, initializer_range=0.05),
     hf("mistral", sliding_window=None, head_dim=16),
     hf("mistral", sliding_window=8, dtype="float16"),
+    hf("mixtral", num_local_experts=3, num_experts_per_tok=1),
+    hf("qwen2_moe", num_experts=3, num_experts_per_tok=2, mlp_only_layers=[0], qkv_bias=False),
+    hf("qwen3_moe", num_experts=3, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=2, head_dim=16),
 ]
 
 
@@ -193,11 +205,12 @@ def test_the_way_back(raw: dict[str, Any], tmp_path: Path) -> None:
     for key, value in raw.items():
         if key != "layer_types" and "rope" not in key:
             assert written[key] == value, key
-    assert written["architectures"] == [f"{raw['model_type'].capitalize()}ForCausalLM"]
+    prefix = "".join(part.capitalize() for part in raw["model_type"].split("_"))
+    assert written["architectures"] == [f"{prefix}ForCausalLM"]
     (tmp_path / "config.json").write_text(json.dumps(written))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert ModelConfig.from_hf(theirs.to_dict()) == config
-    assert type(theirs).__name__ == f"{raw['model_type'].capitalize()}Config"
+    assert type(theirs).__name__ == f"{prefix}Config"
 
 
 @pytest.mark.parametrize("raw", ROUND_TRIPS, ids=lambda raw: raw["model_type"])

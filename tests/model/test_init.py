@@ -34,7 +34,17 @@ def built(model_type: str, seed: int = 7, **overrides: Any) -> tuple[Transformer
     return model, config
 
 
-@pytest.mark.parametrize(("model_type", "more"), [("qwen2", {}), ("qwen3", {}), ("llama", {"mlp_bias": True})])
+MIXTURE = {
+    "num_experts": 4,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 64,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"), [("qwen2", {}), ("qwen3", {}), ("llama", {"mlp_bias": True}), ("qwen2_moe", MIXTURE)]
+)
 def test_every_parameter_follows_its_law(model_type: str, more: dict[str, Any]) -> None:
     model, config = built(model_type, **more)
     table = rules(config)
@@ -45,6 +55,8 @@ def test_every_parameter_follows_its_law(model_type: str, more: dict[str, Any]) 
             error = 5 * stds[law] / math.sqrt(parameter.numel())  # five standard errors
             assert parameter.std().item() == pytest.approx(stds[law], abs=error), name
             assert parameter.mean().item() == pytest.approx(0.0, abs=error), name
+            if parameter.numel() < 1000:
+                continue
             assert (parameter.abs() > 2 * stds[law]).float().mean().item() == pytest.approx(0.0455, abs=0.02), name
         else:
             assert torch.equal(parameter, torch.full_like(parameter, 1.0 if law == "ones" else 0.0)), name
@@ -57,12 +69,24 @@ def test_the_docstring_says_what_the_table_says() -> None:
         "ones": "1",
         "zeros": "0",
     }
-    documented = dict(re.findall(r"^ +([\w.*]+\.(?:weight|bias)) +(\S.*)$", initialize_.__doc__ or "", re.MULTILINE))
+    documented = dict(re.findall(r"^ +(\w[\w.*]+\.\w+) +(\S.*)$", initialize_.__doc__ or "", re.MULTILINE))
     expected = {}
-    for model_type, more in (("qwen2", {}), ("qwen3", {}), ("llama", {"attention_bias": True, "mlp_bias": True})):
+    biases = {"attention_bias": True, "mlp_bias": True}
+    for model_type, more in (("qwen2", {}), ("qwen3", {}), ("llama", biases), ("qwen2_moe", MIXTURE)):
         config = ModelConfig.from_hf({"model_type": model_type, **BASE, **more})
-        expected.update({pattern: laws[rule.init] for pattern, rule in rules(config).items()})
+        table = {pattern.replace("shared_expert.", ""): laws[rule.init] for pattern, rule in rules(config).items()}
+        assert all(expected.get(pattern, law) == law for pattern, law in table.items())
+        expected.update(table)
     assert documented == expected
+
+
+def test_each_expert_has_values_of_its_own() -> None:
+    model, _ = built("qwen2_moe", **MIXTURE)
+    more, _ = built("qwen2_moe", **MIXTURE | {"num_experts": 6})
+    name = "model.layers.1.mlp.experts.down_proj"
+    few, many = (dict(m.named_parameters())[name] for m in (model, more))
+    assert torch.equal(few, many[:4]), "an expert's values depend on its number, not on how many there are"
+    assert len({float(expert.sum()) for expert in many}) == 6
 
 
 def test_values_depend_on_seed_and_name_alone() -> None:

@@ -240,8 +240,24 @@ def _qwen2_half_billion(**changes: Any) -> Any:
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "head_dim": 64,
+        "has_experts": lambda layer: False,
+        "num_experts_per_tok": 0,
+        "moe_intermediate_size": 0,
+        "shared_expert_intermediate_size": 0,
     }
     return SimpleNamespace(**values | changes)
+
+
+def test_flops_of_a_mixture_are_those_of_the_experts_that_see_a_token() -> None:
+    # Qwen3-30B-A3B: 3 353 032 704 active parameters, among them embedding, norms and routers.
+    mixture = {
+        "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128,
+        "num_key_value_heads": 4, "has_experts": lambda layer: True, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    }  # fmt: skip
+    norms = 48 * (2 * 2048 + 2 * 128) + 2048
+    rest = 151936 * 2048 + norms + 48 * 128 * 2048
+    assert num_matmul_parameters(_qwen2_half_billion(**mixture)) + rest == 3_353_032_704
 
 
 def test_flops_are_those_of_the_model_card() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.oracle
 
-CASES = ("cosine", "blend_eod", "rampup_wsd", "per_token", "bf16", "fp16")
+CASES = ("cosine", "blend_eod", "rampup_wsd", "per_token", "bf16", "fp16", "moe_aux")
 
 
 def unfuse(weights: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
@@ -51,6 +51,15 @@ def unfuse(weights: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Te
             for part, rows in zip(("q", "k", "v"), grouped.split([queries, 1, 1], dim=1), strict=True):
                 rows = rows.reshape(-1, grouped.shape[-1])
                 out[f"{prefix}self_attn.{part}_proj.{kind}"] = rows.squeeze(1) if kind == "bias" else rows
+        elif rest == "mlp.router.weight":
+            out[prefix + "block_sparse_moe.gate.weight"] = tensor
+        elif rest.startswith("mlp.experts.local_experts."):
+            expert, kind = rest.split(".")[3:5]
+            expert_prefix = f"{prefix}block_sparse_moe.experts.{expert}."
+            if kind == "linear_fc2":
+                out[expert_prefix + "w2.weight"] = tensor
+            else:
+                out[expert_prefix + "w1.weight"], out[expert_prefix + "w3.weight"] = tensor.chunk(2)
         elif rest == "mlp.linear_fc1.weight":
             out[prefix + "mlp.gate_proj.weight"], out[prefix + "mlp.up_proj.weight"] = tensor.chunk(2)
         else:

@@ -1,0 +1,153 @@
+"""What the families differ in: names, transformers' defaults, and which layers of a mixture have experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from tessel.errors import TesselError
+
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+FAMILIES = tuple(ARCHITECTURES)
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+# What transformers assumes where config.json leaves a key out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+    "qwen2_moe": {
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 32768,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "qkv_bias": True,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+}
+WHOLE = (
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "decoder_sparse_step",
+)
+SCORES = ("softmax", "sigmoid")
+
+
+class Mixture(Protocol):
+    """What of a model is about its experts; `tessel.model.config.ModelConfig` is one."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def raw(self) -> Mapping[str, Any]: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def num_experts_per_tok(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def shared_expert_intermediate_size(self) -> int: ...
+    @property
+    def dense_layers(self) -> tuple[int, ...]: ...
+    @property
+    def norm_topk_prob(self) -> bool: ...
+    @property
+    def scoring_func(self) -> str: ...
+    @property
+    def routed_scaling_factor(self) -> float: ...
+
+
+def experts_from_hf(raw: Mapping[str, Any], family: str, num_layers: int) -> dict[str, Any]:
+    """The fields of a ModelConfig that are about experts; none for a dense family.
+
+    `scoring_func` and `routed_scaling_factor` are keys that transformers knows of other families alone:
+    tessel writes them where a run routes by them.
+
+    Raises:
+        TesselError: numbers that do not fit each other, or a feature that is not supported.
+    """
+    if family not in MIXTURES:
+        return {}
+    known = {**DEFAULTS[family], **raw}
+    num_experts = int(raw.get("num_local_experts") or known["num_experts"])
+    chosen = int(known["num_experts_per_tok"])
+    if chosen > num_experts:
+        raise TesselError(f"num_experts_per_tok {chosen} is more than the {num_experts} experts of a layer.")
+    if family != "mixtral" and raw.get("use_sliding_window"):
+        raise TesselError(f"use_sliding_window is not supported in a {family} model; supported is false.")
+    scoring = known.get("scoring_func", "softmax")
+    if scoring not in SCORES:
+        raise TesselError(f"scoring_func {scoring!r} is not supported; supported are {', '.join(SCORES)}.")
+    if raw.get("router_jitter_noise"):
+        raise TesselError("router_jitter_noise is not supported; supported is 0.")
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": int(known.get("moe_intermediate_size") or known["intermediate_size"]),
+        "shared_expert_intermediate_size": int(known.get("shared_expert_intermediate_size") or 0),
+        "dense_layers": _dense_layers(known, num_layers),
+        "norm_topk_prob": bool(known.get("norm_topk_prob", False)),
+        "scoring_func": scoring,
+        "routed_scaling_factor": float(known.get("routed_scaling_factor") or 1.0),
+    }
+
+
+def _dense_layers(known: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Layers with a plain MLP, by transformers' rule."""
+    step, dense = int(known.get("decoder_sparse_step") or 1), known.get("mlp_only_layers") or []
+    if not all(type(layer) is int for layer in dense):
+        raise TesselError(f"mlp_only_layers is {dense!r}: it must be a list of layers' numbers.")
+    return tuple(layer for layer in range(num_layers) if layer in dense or (layer + 1) % step)
+
+
+def experts_to_hf(config: Mixture) -> dict[str, Any]:
+    """The keys of config.json that say what `experts_from_hf` reads."""
+    if not config.num_experts:
+        return {}
+    hf: dict[str, Any] = {"num_experts_per_tok": config.num_experts_per_tok}
+    if config.family == "mixtral":
+        hf["num_local_experts"] = config.num_experts
+    else:
+        hf["num_experts"] = config.num_experts
+        hf["moe_intermediate_size"] = config.moe_intermediate_size
+        hf["decoder_sparse_step"] = config.raw.get("decoder_sparse_step", 1)
+        hf["mlp_only_layers"] = config.raw.get("mlp_only_layers", list(config.dense_layers))
+    if config.family == "qwen2_moe":
+        hf["shared_expert_intermediate_size"] = config.shared_expert_intermediate_size
+    if config.family != "mixtral" or not config.norm_topk_prob:
+        hf["norm_topk_prob"] = config.norm_topk_prob
+    if config.scoring_func != "softmax":
+        hf["scoring_func"] = config.scoring_func
+    if config.routed_scaling_factor != 1.0:
+        hf["routed_scaling_factor"] = config.routed_scaling_factor
+    return hf
