@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.tiles import tiled
 from tessel.config.run import RunConfig, Schedule
 from tessel.data.build import Splits, build_datasets, num_samples_for
 from tessel.data.check import check_dataset
 from tessel.data.loader import Loader
 from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError, UsageError
+from tessel.layout.topology import Topology
 from tessel.model.config import ModelConfig
 from tessel.parallel.groups import Groups
 from tessel.runtime import device as devices
 from tessel.runtime import random as random_state
 from tessel.runtime.files import require_writable
 from tessel.runtime.log import log, warn_once
-from tessel.runtime.process import process_group
+from tessel.runtime.process import Processes, on_every_node, process_group
+from tessel.runtime.team import Team
 from tessel.runtime.world import World
+from tessel.train import frugal
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
 from tessel.train.checks import check_layout
 from tessel.train.evaluation import Evaluator
 from tessel.train.flops import flops_per_token
 from tessel.train.identity import check_same_run, model_differences, run_identity
+from tessel.train.learner import Learner
 from tessel.train.metrics import TrainingLog, tensorboard_tags_off
 from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler, build_schedules
-from tessel.train.setup import Learner, build_learner, compute_dtype, groups_of, largest_gradient, model_config_of
+from tessel.train.setup import build_learner, compute_dtype, groups_of, largest_gradient, model_config_of
 from tessel.train.sinks import build_sinks, check_packages
-from tessel.train.source import Kind, Source, asked_model, check_save, find_source
+from tessel.train.source import Kind, Source, agreed, asked_model, check_save, find_source
 from tessel.train.step import TrainStep
 from tessel.train.trainer import Parts, Position, Trainer, metrics_path
 
@@ -48,34 +53,64 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
         TesselError: a file is missing or wrong, or the run cannot go on.
     """
     started_s = time.monotonic()
+    world = World.from_environment()
+    look = on_every_node(lambda: _find(cfg, given, world), world)
+    device = devices.resolve(cfg.runtime.device, world)
+    if cfg.precision.deterministic_mode:
+        devices.set_deterministic()
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(process_group(device, cfg.launch.distributed_timeout_minutes, world))
+        found = processes.together(look)
+        log(f"device: {devices.describe(device)}")
+        if world.world_size > 1:
+            log(f"layout: {found.topology.describe()}")
+        log(found.source.describe())
+        batch_size = batch_size_of(cfg.batch, found.topology.dp)
+        train_iters = cfg.batch.train_iters or train_iters_for(cfg.batch.train_samples or 0, batch_size)
+        groups = groups_of(cfg, found.topology, found.model_config, device)
+        splits = processes.together(lambda: _splits(cfg, found, train_iters, processes))
+        random_state.seed_all(cfg.precision.seed)
+        run = _Run(cfg, found, splits, device, groups, processes, _teams(cfg, processes), stack)
+        run.train(batch_size, train_iters, started_s)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the flags and the folders that they name come to."""
+
+    source: Source
+    model_config: ModelConfig
+    topology: Topology
+    tokenizer: Tokenizer
+
+
+def _find(cfg: RunConfig, given: frozenset[str], world: World) -> _Found:
+    """Read what the flags name, as far as there is something to refuse in it; nothing large, no other process."""
     _check_folders(cfg)
     check_packages(cfg.logging)
     source = find_source(cfg.checkpoint, cfg.model)
     model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
+    model_config = model_config.with_router_options(cfg.experts, given)
     _check_length(cfg, model_config)
-    world = World.from_environment()
     topology = check_layout(cfg, model_config, world.world_size)
-    device = devices.resolve(cfg.runtime.device)
-    if cfg.precision.deterministic_mode:
-        devices.set_deterministic()
-    log(f"device: {devices.describe(device)}")
-    if topology.world_size > 1:
-        log(f"layout: {topology.describe()}")
-    log(source.describe())
     tokenizer = load_tokenizer(cfg.tokenizer, source.model_folder, cfg.model.vocab_size)
     check_fits(tokenizer, model_config.vocab_size)
-    batch_size = batch_size_of(cfg.batch, topology.dp)
-    train_iters = cfg.batch.train_iters or train_iters_for(cfg.batch.train_samples or 0, batch_size)
-    with contextlib.ExitStack() as stack:
-        if world.world_size > 1:
-            stack.enter_context(process_group(device, cfg.launch.distributed_timeout_minutes))
-        groups = groups_of(cfg, topology, model_config, device)
-        splits = build_datasets(cfg, tokenizer, num_samples_for(cfg, train_iters))
+    return _Found(source, model_config, topology, tokenizer)
+
+
+def _teams(cfg: RunConfig, processes: Processes) -> tuple[Team, Team]:
+    """The processes as readers and writers of folders; and once more, for a save in the background."""
+    nodes = processes.nodes if cfg.launch.no_shared_storage else None
+    return Team.of(nodes), Team.of(nodes) if cfg.checkpoint.async_save else Team()
+
+
+def _splits(cfg: RunConfig, found: _Found, train_iters: int, processes: Processes) -> Splits:
+    """The data; one process (of each node, without shared storage) tokenizes and builds what the others then read."""
+    with processes.first("tokenizing and indexing the data", per_node=cfg.launch.no_shared_storage):
+        splits = build_datasets(cfg, found.tokenizer, num_samples_for(cfg, train_iters))
         for dataset in splits:
-            check_dataset(dataset, model_config.vocab_size)
-        random_state.seed_all(cfg.precision.seed)
-        run = _Run(cfg, source, model_config, tokenizer, splits, device, groups, stack)
-        run.train(batch_size, train_iters, started_s)
+            check_dataset(dataset, found.model_config.vocab_size)
+    return splits
 
 
 def _check_folders(cfg: RunConfig) -> None:
@@ -90,7 +125,6 @@ def _check_folders(cfg: RunConfig) -> None:
         if folder is not None:
             require_writable(folder, flag)
 
-    model_config = model_config.with_router_options(cfg.experts, given)
 
 def _check_length(cfg: RunConfig, model_config: ModelConfig) -> None:
     seq_length, longest = cfg.batch.seq_length, model_config.max_position_embeddings
@@ -101,30 +135,38 @@ def _check_length(cfg: RunConfig, model_config: ModelConfig) -> None:
         )
 
 
+def _layout_of(cfg: RunConfig, topology: Topology, processes: Processes) -> dict[str, Any]:
+    """What a checkpoint says of the layout: the pieces of a node are another layout's only together with the others."""
+    return asdict(cfg.layout) | asdict(topology) | {"nodes": [list(ranks) for ranks in processes.nodes]}
+
+
 class _Run:
     """What is built once for a run, and the order in which it is used."""
 
     def __init__(
         self,
         cfg: RunConfig,
-        source: Source,
-        model_config: ModelConfig,
-        tokenizer: Tokenizer,
+        found: _Found,
         splits: Splits,
         device: torch.device,
         groups: Groups | None,
+        processes: Processes,
+        teams: tuple[Team, Team],
         stack: contextlib.ExitStack,
     ) -> None:
         self._cfg = cfg
-        self._source = source
-        self._model_config = model_config
-        self._tokenizer = tokenizer
+        self._team, self._background_team = teams
+        self._layout = _layout_of(cfg, found.topology, processes)
+        self._source = agreed(found.source, self._layout, self._team)
+        self._model_config = found.model_config
+        self._tokenizer = found.tokenizer
         self._splits = splits
         self._device = device
+        self._processes = processes
         self._stack = stack
-        self._identity = run_identity(cfg, model_config, splits)
+        self._identity = run_identity(cfg, found.model_config, splits)
         self._saved_state = self._read_saved_state()
-        self._learner: Learner = build_learner(cfg, model_config, source, device, groups, stack)
+        self._learner: Learner = build_learner(cfg, found.model_config, self._source, device, groups, stack)
         self._scheduler = self._build_scheduler()
 
     def _read_saved_state(self) -> dict[str, Any] | None:
@@ -204,6 +246,7 @@ class _Run:
             self._learner.optimizer,
             self._learner.gradients,
             self._learner.peers,
+            self._learner.balance,
             scaler=self._learner.scaler,
             clip_grad=cfg.optimizer.clip_grad,
             per_token_loss=cfg.batch.calculate_per_token_loss,
@@ -222,7 +265,7 @@ class _Run:
         loader = self._loader(self._splits.train)
         return Parts(
             cfg, self._learner, step, self._scheduler, batch_size, train_iters, loader, evaluator, saver,
-            training_log, sinks, self._device,
+            training_log, sinks, self._device, self._processes,
         )  # fmt: skip
 
     def _loader(self, dataset: Any) -> Loader:
@@ -246,9 +289,8 @@ class _Run:
             evaluator.resume(position.iteration // interval)
         return evaluator
 
-            self._learner.balance,
     def _saver(self, resumed: Position | None) -> RunSaver:
-        description = {"identity": self._identity, "config": self._cfg.to_dict()}
+        description = {"identity": self._identity, "config": self._cfg.to_dict(), "layout": self._layout}
         return RunSaver(
             self._cfg.checkpoint,
             self._learner,
@@ -259,22 +301,32 @@ class _Run:
             self._device,
             resumed.iteration if resumed is not None else None,
             self._source.model_folder,
+            self._team,
+            self._background_team,
         )
 
     def _restore(self) -> Position:
         """Load counters, schedule, optimizer and random state, as far as the flags want them."""
         state, source, flags = self._saved_state, self._source, self._cfg.checkpoint
         if flags.save:
-            run_checkpoint.clear_unfinished(Path(flags.save))
+            run_checkpoint.clear_unfinished(Path(flags.save), self._team)
         if state is None:
             return Position()
         assert source.folder is not None and source.iteration is not None
         if self._restores_optimizer:
-            run_checkpoint.load_tensors(source.folder, source.iteration, self._learner.optimizer_tensors())
+            tensors = self._learner.optimizer_tensors()
+            pieces = tiled(tensors, self._learner.tiles)
+            run_checkpoint.load_tensors(source.folder, source.iteration, pieces, self._team)
+            self._learner.keep_optimizer(tensors)
+            for line in frugal.conversions(state.get("config", {}).get("memory", {}), self._cfg.memory):
+                log(line)
             self._scheduler.load_state_dict(state["scheduler"])
             if self._learner.scaler is not None and state["scaler"]:
                 self._learner.scaler.load_state_dict(state["scaler"])
-        rng = None if flags.no_load_rng else run_checkpoint.read_rng(source.folder, source.iteration)
+        rng = None
+        if not flags.no_load_rng:
+            same = state.get("layout", self._layout) == self._layout
+            rng = run_checkpoint.read_rng(source.folder, source.iteration, self._team.rank, same)
         if rng is not None:
             random_state.set_state(rng, self._device)
         return Position(state["iteration"], state["consumed_train_samples"])

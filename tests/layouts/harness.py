@@ -75,7 +75,7 @@ def train(num_processes: int, arguments: Sequence[str], save: Path, *, recorder:
             process.start()
         for _, sending in pipes:
             sending.close()
-        _wait_for([receiving for receiving, _ in pipes])
+        _wait_for([receiving for receiving, _ in pipes], save.parent / f"{save.name}.ranks")
     finally:
         for process in processes:
             process.join(timeout=10)
@@ -84,7 +84,7 @@ def train(num_processes: int, arguments: Sequence[str], save: Path, *, recorder:
                 process.join()
 
 
-def _wait_for(pipes: list[Connection]) -> None:
+def _wait_for(pipes: list[Connection], folder: Path) -> None:
     left = dict(zip(pipes, range(len(pipes)), strict=True))
     while left:
         ready = wait(list(left), timeout=TIME_LIMIT_S)
@@ -95,7 +95,8 @@ def _wait_for(pipes: list[Connection]) -> None:
             try:
                 failure = pipe.recv()
             except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
+                said = "\n".join(path.read_text() for path in sorted(folder.glob("*.err")))
+                raise AssertionError(f"rank {rank} ended early:\n{said}") from None
             assert failure is None, f"rank {rank} failed:\n{failure}"
 
 
