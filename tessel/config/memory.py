@@ -12,7 +12,7 @@ STATE_DTYPES = ("fp32", "bf16", "8bit")
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory. How activations are recomputed as a whole is said above."""
+    """Memory. `Kernels` says which activations are recomputed as a whole."""
 
     recompute_modules: tuple[str, ...] | None = option(
         None,

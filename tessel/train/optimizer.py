@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tessel.config.memory import Memory
 from tessel.config.run import Optimizer as OptimizerConfig
 from tessel.errors import TesselError
 from tessel.layout.sharding import parameters as sharding_rules
 from tessel.model.config import ModelConfig
+from tessel.train import frugal
+from tessel.train.state import Blockwise
 
 # torch's L2 norm on CPU adds up in fp32 vector lanes: the error is 1e-5 relative at 1M elements, 7e-4 at
 # 17M and 1.4e-2 at 134M (an embedding). In rows of this length it stays under 1e-7, at the same speed.
@@ -67,12 +70,17 @@ def _empty_group(weight_decay: bool, decoupled: bool, optimizer: OptimizerConfig
     return group
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimizerConfig, memory: Memory | None = None
+) -> torch.optim.Optimizer:
     """AdamW, or SGD with momentum, with its state allocated at once (so a checkpoint always has it all).
 
     Weight decay is decoupled in AdamW and, as in Megatron, part of the gradient in SGD. Learning rate and
-    weight decay are set by `Scheduler.apply` before the first step.
+    weight decay are set by `Scheduler.apply` before the first step. Where `memory` asks for it, the state
+    lies elsewhere or takes less: see `train/frugal.py`.
     """
+    if memory is not None and frugal.is_needed(memory):
+        return frugal.FrugalOptimizer(groups, config, memory)
     common: dict[str, Any] = {"lr": config.lr or 0.0, "weight_decay": config.weight_decay}
     kind: type[torch.optim.Optimizer]
     if config.optimizer == "adam":
@@ -192,9 +200,21 @@ def _named_state(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, dict[s
 def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's own tensors (not copies) as `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`.
 
-    SGD has `momentum_buffer.<parameter>`. Loading into them in place is loading the optimizer.
+    SGD has `momentum_buffer.<parameter>`. Loading into them in place, and then `keep_state`, is loading the
+    optimizer. State of 8 bits is shown as what it stands for: copies, fp32 and in host memory.
     """
-    return {full_name: state[key] for full_name, state, key in _named_state(optimizer)}
+    return {
+        full_name: kept.decoded() if isinstance(kept := state[key], Blockwise) else kept
+        for full_name, state, key in _named_state(optimizer)
+    }
+
+
+@torch.no_grad()
+def keep_state(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Tensor]) -> None:
+    """Take over what was loaded into the tensors of `state_by_name`; they are needed for state of 8 bits alone."""
+    for full_name, state, key in _named_state(optimizer):
+        if isinstance(kept := state[key], Blockwise):
+            kept.encode_(loaded[full_name])
 
 
 @torch.no_grad()
@@ -219,3 +239,4 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, saved: Mapping[str, Ten
         )
     for name, tensor in own.items():
         tensor.copy_(saved[name])
+    keep_state(optimizer, own)

@@ -1,0 +1,415 @@
+"""State in host memory changes no bit; state in fewer bits changes little, and takes what it says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tessel.config.memory import Memory
+from tessel.config.run import Optimizer
+from tessel.model.config import ModelConfig
+from tessel.model.init import initialize_
+from tessel.model.transformer import Transformer
+from tessel.train import frugal, state
+from tessel.train.frugal import FrugalOptimizer
+from tessel.train.optimizer import build_optimizer, load_state_by_name, parameter_groups, state_by_name
+from tessel.train.state import BLOCK, Blockwise, dynamic_values, local_state, read, write
+from tests.train import runs
+
+CPU = torch.device("cpu")
+# Large enough that matrices are held in 8 bits.
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "qwen2",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+)
+BF16 = Memory(use_precision_aware_optimizer=True, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
+EIGHT_BITS = Memory(use_precision_aware_optimizer=True, exp_avg_dtype="8bit", exp_avg_sq_dtype="8bit")
+MIXED = Memory(use_precision_aware_optimizer=True, exp_avg_dtype="bf16", exp_avg_sq_dtype="8bit", swap_optimizer=True)
+MOVED = {
+    "offloaded": Memory(optimizer_cpu_offload=True),
+    "half offloaded, overlapped": Memory(
+        optimizer_cpu_offload=True, optimizer_offload_fraction=0.5, overlap_cpu_optimizer_d2h_h2d=True
+    ),
+    "swapped": Memory(swap_optimizer=True),
+}
+
+
+class Run:
+    """A model that learns to count, and its optimizer."""
+
+    def __init__(self, memory: Memory | None, **flags: Any) -> None:
+        self.model = Transformer(CONFIG)
+        initialize_(self.model, CONFIG, std=0.05, seed=1)
+        options = Optimizer(**{"lr": 3e-3, "weight_decay": 0.1, "adam_beta2": 0.99} | flags)
+        groups = parameter_groups(self.model.named_parameters(), CONFIG, options)
+        self.optimizer = build_optimizer(groups, options, memory)
+
+    def steps(self, first: int, count: int) -> list[float]:
+        losses = []
+        for step in range(first, first + count):
+            generator = torch.Generator().manual_seed(step)
+            starts = torch.randint(0, 90, (8, 1), generator=generator)
+            tokens = (starts + torch.arange(17)) % 90
+            loss = self.model(tokens[:, :-1], labels_BS=tokens[:, 1:], weights_BS=torch.full((8, 16), 1 / 128))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss))
+        return losses
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "sgd"}, {"optimizer": "sgd", "sgd_momentum": 0.0}], ids=str)
+def test_where_state_lies_changes_no_bit(name: str, flags: dict[str, Any]) -> None:
+    plain, moved = Run(None, **flags), Run(MOVED[name], **flags)
+    assert isinstance(moved.optimizer, FrugalOptimizer)
+    assert not isinstance(plain.optimizer, FrugalOptimizer)
+    assert plain.steps(0, 4) == moved.steps(0, 4)
+    assert same(plain.weights(), moved.weights())
+    assert same(state_by_name(plain.optimizer), state_by_name(moved.optimizer))
+
+
+class Apart:
+    """Copies to a host that really is elsewhere: what is on the "device" has other memory."""
+
+    pin = False
+
+    def __init__(self, device: torch.device, pin: bool = True) -> None:
+        self.num_down = self.num_up = 0
+
+    def down(self, source: Tensor) -> frugal.Copy:
+        self.num_down += 1
+        return frugal.Copy(source.clone())
+
+    def up(self, source: Tensor) -> frugal.Copy:
+        self.num_up += 1
+        return frugal.Copy(source.clone())
+
+    def into(self, target: Tensor, source: Tensor) -> frugal.Copy:
+        assert target.data_ptr() != source.data_ptr()
+        target.copy_(source)
+        return frugal.Copy(target)
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_copies_go_where_they_should(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of an accelerator, with a "device" that is the CPU under other addresses."""
+    monkeypatch.setattr(frugal, "HostCopies", Apart)
+    monkeypatch.setattr(
+        FrugalOptimizer,
+        "_brought_down",
+        lambda self, job: (self._weights.down(job.weight), self._gradients.down(job.gradient)),
+    )
+    plain, moved = Run(None), Run(MOVED[name])
+    assert plain.steps(0, 3) == moved.steps(0, 3)
+    assert same(plain.weights(), moved.weights())
+    assert same(state_by_name(plain.optimizer), state_by_name(moved.optimizer))
+    num_parameters = len(plain.weights())
+    copies: Any = moved.optimizer._weights  # type: ignore[attr-defined]
+    if name == "swapped":
+        assert (copies.num_down, copies.num_up) == (0, 3 * 2 * num_parameters)
+    else:
+        hosted = list(moved.optimizer._places.values()).count("host")  # type: ignore[attr-defined]
+        assert copies.num_down == 3 * hosted
+        assert (hosted == num_parameters) is (name == "offloaded")
+
+
+def test_the_fraction_is_of_elements() -> None:
+    for fraction in (0.0, 0.3, 0.7, 1.0):
+        run = Run(Memory(optimizer_cpu_offload=True, optimizer_offload_fraction=fraction))
+        places = run.optimizer._places  # type: ignore[attr-defined]
+        total = sum(parameter.numel() for parameter in places)
+        hosted = sum(parameter.numel() for parameter, place in places.items() if place == "host")
+        assert hosted <= fraction * total
+        # No parameter on the device would have fitted in what is left.
+        left = fraction * total - hosted
+        assert all(parameter.numel() > left for parameter, place in places.items() if place == "device")
+
+
+@pytest.mark.parametrize(
+    ("memory", "largest"), [(BF16, 0.01), (EIGHT_BITS, 0.03), (MIXED, 0.03)], ids=["bf16", "8bit", "mixed"]
+)
+def test_fewer_bits_change_the_curve_little(memory: Memory, largest: float) -> None:
+    exact, rounded = Run(None).steps(0, 120), Run(memory).steps(0, 120)
+    assert exact[-1] < 0.1 * exact[0]
+    assert exact != rounded
+    assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < largest * exact[0]
+
+
+@pytest.mark.parametrize(("memory", "per_number"), [(BF16, 2.0), (EIGHT_BITS, 1 + 4 / BLOCK)], ids=["bf16", "8bit"])
+def test_bytes_of_state(memory: Memory, per_number: float) -> None:
+    run = Run(memory)
+    assert isinstance(run.optimizer, FrugalOptimizer)
+    small = [p for p in run.weights().values() if p.numel() < frugal.SMALLEST_IN_8BIT]
+    num_small = sum(p.numel() for p in small)
+    num_large = sum(p.numel() for p in run.weights().values()) - num_small
+    expected = 2 * (num_large * per_number + num_small * (4 if memory is EIGHT_BITS else 2))
+    on_device, in_host_memory = run.optimizer.state_bytes()
+    assert expected <= on_device <= expected * 1.001
+    assert in_host_memory == 0
+
+
+@pytest.mark.parametrize("memory", [BF16, EIGHT_BITS, MIXED, *MOVED.values()], ids=["bf16", "8bit", "mixed", *MOVED])
+def test_going_on_is_bitwise(memory: Memory) -> None:
+    run = Run(memory)
+    run.steps(0, 3)
+    saved = {name: tensor.clone() for name, tensor in state_by_name(run.optimizer).items()}
+    weights = {name: weight.clone() for name, weight in run.weights().items()}
+    expected = run.steps(3, 4)
+
+    again = Run(memory)
+    again.model.load_state_dict(weights)
+    load_state_by_name(again.optimizer, saved)
+    assert same(state_by_name(again.optimizer), saved)
+    assert again.steps(3, 4) == expected
+    assert same(again.weights(), run.weights())
+    assert same(state_by_name(again.optimizer), state_by_name(run.optimizer))
+
+
+def test_names_and_shapes_are_the_same_whatever_the_state_is() -> None:
+    plain = state_by_name(Run(None).optimizer)
+    for memory in (BF16, EIGHT_BITS, *MOVED.values()):
+        other = state_by_name(Run(memory).optimizer)
+        assert {name: tensor.shape for name, tensor in other.items()} == {n: t.shape for n, t in plain.items()}
+    shown = state_by_name(Run(EIGHT_BITS).optimizer)
+    assert {tensor.dtype for tensor in shown.values()} == {torch.float32}
+
+
+def test_state_of_one_kind_goes_into_another() -> None:
+    plain = Run(None)
+    plain.steps(0, 5)
+    exact = state_by_name(plain.optimizer)
+    for memory, largest in ((BF16, 0.004), (EIGHT_BITS, 0.01), (MOVED["offloaded"], 0.0)):
+        other = Run(memory)
+        load_state_by_name(other.optimizer, exact)
+        for name, tensor in state_by_name(other.optimizer).items():
+            bound = largest * exact[name].abs().max()
+            assert (tensor.float() - exact[name]).abs().max() <= bound, name
+
+
+# The numbers that codes stand for, and what is lost.
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_codes(signed: bool) -> None:
+    values = dynamic_values(signed, CPU)
+    assert len(values) == (255 if signed else 256)
+    assert torch.equal(values, values.unique())
+    assert values[-1] == 1.0 and (values == 0).sum() == 1
+    assert torch.equal(values, -values.flip(0)) is signed
+    assert values[values > 0].min() < 1e-5
+
+
+def _kept(values: Tensor, signed: bool, generator: torch.Generator | None = None) -> tuple[Tensor, Blockwise]:
+    kept = Blockwise.zeros(values, signed, CPU)
+    whole = slice(0, values.numel())
+    write(local_state(kept, signed), whole, values.clone(), generator)
+    return kept.decoded(), kept
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("num", [BLOCK * 40, BLOCK * 3 + 17, 5])
+def test_the_error_is_half_a_step_between_codes(signed: bool, num: int) -> None:
+    generator = torch.Generator().manual_seed(num)
+    values = torch.randn(num, generator=generator) * 10.0 ** torch.randint(-6, 1, (num,), generator=generator)
+    values = values if signed else values.square()
+    shown, _ = _kept(values, signed)
+    roots, shown_roots = (values, shown) if signed else (values.sqrt(), shown.sqrt())
+    for begin in range(0, num, BLOCK):
+        block, found = roots[begin : begin + BLOCK], shown_roots[begin : begin + BLOCK]
+        relative = block.abs() / block.abs().max()
+        error = (found - block).abs() / block.abs().max()
+        # In the decade of 10^-d, steps are 0.9 x 10^-d / 2^(6 - d), for the unsigned half of that.
+        decade = (-relative.log10()).floor().clamp(0, 6)
+        largest = 0.9 * 10.0**-decade / 2 ** (6 - decade) / 2 / (1 if signed else 2)
+        # Around a power of ten, and above the last code of a decade, the step is that of two decades' ends.
+        assert (error <= largest * 1.6 + 1e-6).all()
+        assert (error[relative >= 0.2] <= (0.0071 if signed else 0.0036)).all()
+
+
+def test_largest_of_a_block_and_zero_are_exact() -> None:
+    values = torch.zeros(BLOCK * 2)
+    values[3], values[BLOCK + 9] = -0.3, 7e-20
+    shown, kept = _kept(values, True)
+    assert torch.equal(shown, values)
+    assert kept.scales.tolist() == pytest.approx([0.3, 7e-20])
+
+
+def test_only_zero_becomes_zero_in_the_second_moment() -> None:
+    values = torch.full((BLOCK,), 1e-20)
+    values[0], values[1] = 1.0, 0.0
+    shown, _ = _kept(values, False)
+    assert shown[1] == 0 and shown[0] == 1.0
+    assert (shown[2:] > 1e-20).all() and (shown[2:] < 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "8bit"])
+def test_rounding_at_random_keeps_the_mean(kind: str) -> None:
+    """A second moment that is only ever multiplied by 0.999 falls as it should; to the nearest, it would stay."""
+    num, steps = BLOCK * 64, 400
+    start = torch.rand(num, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
+    start[::BLOCK] = 1.0
+
+    def after(at_random: bool) -> Tensor:
+        kept: Any = torch.zeros(num, dtype=torch.bfloat16) if kind == "bf16" else Blockwise.zeros(start, False, CPU)
+        held, whole = local_state(kept, False), slice(0, num)
+        write(held, whole, start.clone())
+        # A block's largest stays, so that the others fall against it.
+        for step in range(steps):
+            values = read(held, whole) * 0.999
+            values[::BLOCK] = 1.0
+            write(held, whole, values, torch.Generator().manual_seed(step) if at_random else None)
+        return read(held, whole)
+
+    rest = torch.ones(num, dtype=torch.bool)
+    rest[::BLOCK] = False
+    expected = start[rest].mean() * 0.999**steps
+    assert float(after(True)[rest].mean()) == pytest.approx(float(expected), rel=0.02)
+    assert float(after(False)[rest].mean()) > 1.3 * expected
+
+
+def test_a_large_parameter_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Run(EIGHT_BITS)
+    expected = whole.steps(0, 1)
+    # The first moment is rounded to the nearest, so it is the same in one part and in several.
+    monkeypatch.setattr(state, "_PART", BLOCK * 3)
+    parts = Run(EIGHT_BITS)
+    assert parts.steps(0, 1) == expected
+    for name, tensor in state_by_name(whole.optimizer).items():
+        if name.startswith("exp_avg."):
+            assert torch.equal(tensor, state_by_name(parts.optimizer)[name]), name
+    assert same(whole.weights(), parts.weights())
+
+
+# Shards.
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("memory", [BF16, EIGHT_BITS, *MOVED.values()], ids=["bf16", "8bit", *MOVED])
+def test_shards_are_updated_where_they_are(one_process: None, memory: Memory) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    whole = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(96, 64, generator=torch.Generator().manual_seed(2))
+
+    def updated(parameter: nn.Parameter, given: Tensor) -> torch.optim.Optimizer:
+        group = {"params": [parameter], "names": ["w"], "wd_mult": 1.0, "is_decoupled_lr": False}
+        optimizer = build_optimizer([group], Optimizer(lr=0.1, weight_decay=0.0), memory)
+        for _ in range(2):
+            parameter.grad = given.clone()
+            optimizer.step()
+        return optimizer
+
+    plain = nn.Parameter(whole.clone())
+    expected = state_by_name(updated(plain, gradient))
+    shard = nn.Parameter(distribute_tensor(whole.clone(), mesh, [Shard(0)]))
+    found = state_by_name(updated(shard, distribute_tensor(gradient, mesh, [Shard(0)])))
+    assert torch.equal(shard.to_local(), plain)  # type: ignore[attr-defined]
+    for name in ("exp_avg.w", "exp_avg_sq.w"):
+        tensor = found[name]
+        assert isinstance(tensor, DTensor)
+        assert torch.equal(tensor.to_local(), expected[name])
+
+
+# Whole runs.
+
+WIDE = "--hidden-size 64 --ffn-hidden-size 112".split()
+OPTIONS = {
+    "offload": "--optimizer-cpu-offload --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d",
+    "swap": "--swap-optimizer --swap-attention --recompute-granularity selective --recompute-modules mlp layernorm",
+    "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+    "8bit": "--use-precision-aware-optimizer --exp-avg-dtype 8bit --exp-avg-sq-dtype 8bit --cpu-offloading-num-layers 1",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_pattern(tmp_path_factory.mktemp("data") / "text")
+
+
+def _losses(data: Path, save: Path, train_iters: int, *more: str) -> tuple[list[float], str]:
+    # The schedule is that of the whole run, wherever it stops.
+    result = runs.tessel(runs.flags(data, save, 4, *WIDE, "--exit-interval", str(train_iters), *more))
+    return runs.losses(save), result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    save = tmp_path_factory.mktemp("plain")
+    _losses(data, save, 9, "--save-interval", "2")
+    return save
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_run_with_the_option_goes_on_bitwise(name: str, data: Path, plain: Path, tmp_path: Path) -> None:
+    option = OPTIONS[name].split()
+    straight, told = _losses(data, tmp_path / "straight", 9, *option)
+    _losses(data, tmp_path / "halted", 2, *option)
+    halted, _ = _losses(data, tmp_path / "halted", 9, *option)
+    assert halted == straight
+    assert runs.weight_bytes(tmp_path / "halted") == runs.weight_bytes(tmp_path / "straight")
+    assert "optimizer state: " in told
+    exact = runs.losses(plain)
+    if name in ("offload", "swap"):
+        assert straight == exact
+        assert runs.weight_bytes(tmp_path / "straight") == runs.weight_bytes(plain)
+        assert "on the CPU everything is in host memory already" in told
+    else:
+        assert straight == pytest.approx(exact, rel=0.02)
+        assert straight != exact
+
+
+def test_another_precision_converts_and_says_so(data: Path, plain: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    _losses(data, save, 2)
+    went_on, told = _losses(data, save, 9, *OPTIONS["8bit"].split())
+    assert went_on == pytest.approx(runs.losses(plain), rel=0.02)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert f"{moment}: saved by a run that kept it in fp32, and kept in 8bit from here on" in told
+
+
+def test_conversions_are_told_once_each() -> None:
+    assert frugal.conversions({}, Memory()) == []
+    assert frugal.conversions({"exp_avg_dtype": "8bit", "exp_avg_sq_dtype": "fp32"}, Memory()) == [
+        "exp_avg: saved by a run that kept it in 8bit, and kept in fp32 from here on"
+    ]
+
+
+def test_zero_gradients_and_untouched_parameters() -> None:
+    run = Run(EIGHT_BITS)
+    before = {name: weight.clone() for name, weight in run.weights().items()}
+    run.optimizer.step()
+    assert same(before, run.weights())
+    assert all(math.isfinite(float(tensor.sum())) for tensor in state_by_name(run.optimizer).values())
