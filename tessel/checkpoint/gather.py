@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -46,25 +46,23 @@ def write_whole(
     team = team or Team()
 
     def take_part() -> None:
-        with closing(gather_to_first(weights, tiles, dtype, team)) as tensors:
+        with gather_to_first(weights, tiles, dtype, team) as tensors:
             if team.is_first:
                 write(tensors)
-            else:
-                for _ in tensors:
-                    pass
 
     team.each(take_part)
 
 
+@contextmanager
 def gather_to_first(
     weights: Mapping[str, Tensor], tiles: Mapping[str, Tile], dtype: torch.dtype, team: Team | None = None
-) -> Generator[tuple[str, Tensor], None, None]:
-    """Every parameter in the order of `tiles`, whole and unpadded, on the first process; nothing on the others.
+) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Within it, the first process iterates over every parameter in the order of `tiles`, whole and unpadded.
 
     `weights`: what this process holds, by name: tiles, or DTensors that share a tile out. `tiles`: this
     process's tile of every parameter of the model, those of other pipeline stages included. All
-    processes of `team` exhaust it together. Pieces travel as `dtype`, over the CPU. The first process
-    must close the iterator if it ends early, and the others stop then.
+    processes of `team` enter together; the others stay until the first has all it wants or leaves, and
+    have nothing to iterate over. Pieces travel as `dtype`, over the CPU.
 
     Raises:
         TesselError: no process holds some part of a parameter.
@@ -72,14 +70,21 @@ def gather_to_first(
     team = team or Team()
     held = {name: part_of(weights[name], tile) for name, tile in tiles.items() if name in weights}
     if team.everyone is None:
-        for name in tiles:
-            yield name, held[name].values
+        yield ((name, held[name].values) for name in tiles)
         return
     pieces = _deal_out(held, tiles, team)
-    if team.is_first:
-        yield from _receive(held, tiles, pieces, dtype, team)
-    else:
+    if not team.is_first:
         _send(held, pieces, dtype, team)
+        yield iter(())
+        return
+    outstanding = Counter(piece.rank for found in pieces.values() for piece in found if piece.rank != 0)
+    try:
+        yield _receive(held, tiles, pieces, dtype, team, outstanding)
+    finally:
+        for rank in +outstanding:
+            # One that has gone needs not be told, and what ended this is raised.
+            with suppress(RuntimeError):
+                distributed.send(torch.tensor([_STOP]), rank, group=team.everyone)
 
 
 def _deal_out(held: Mapping[str, Part], tiles: Mapping[str, Tile], team: Team) -> dict[str, list[_Piece]]:
@@ -138,28 +143,22 @@ def _receive(
     plan: Mapping[str, Sequence[_Piece]],
     dtype: torch.dtype,
     team: Team,
+    outstanding: Counter[int],
 ) -> Iterator[tuple[str, Tensor]]:
-    outstanding = Counter(piece.rank for pieces in plan.values() for piece in pieces if piece.rank != 0)
-    try:
-        for name, pieces in plan.items():
-            whole = torch.empty(tiles[name].shape, dtype=dtype)
-            for piece in pieces:
-                start, size = piece.box
-                box = tuple(slice(begin, begin + length) for begin, length in zip(start, size, strict=True))
-                if piece.rank == 0:
-                    whole[box] = held[name].values.to("cpu", dtype)
-                    continue
-                outstanding[piece.rank] -= 1
-                distributed.send(torch.tensor([_SEND]), piece.rank, group=team.everyone)
-                received = torch.empty(size, dtype=dtype)
-                distributed.recv(received, piece.rank, group=team.everyone)
-                whole[box] = received
-            yield name, whole
-    finally:
-        for rank in +outstanding:
-            # One that has gone needs not be told, and what ended this is raised.
-            with suppress(RuntimeError):
-                distributed.send(torch.tensor([_STOP]), rank, group=team.everyone)
+    for name, pieces in plan.items():
+        whole = torch.empty(tiles[name].shape, dtype=dtype)
+        for piece in pieces:
+            start, size = piece.box
+            box = tuple(slice(begin, begin + length) for begin, length in zip(start, size, strict=True))
+            if piece.rank == 0:
+                whole[box] = held[name].values.to("cpu", dtype)
+                continue
+            outstanding[piece.rank] -= 1
+            distributed.send(torch.tensor([_SEND]), piece.rank, group=team.everyone)
+            received = torch.empty(size, dtype=dtype)
+            distributed.recv(received, piece.rank, group=team.everyone)
+            whole[box] = received
+        yield name, whole
 
 
 def _send(held: Mapping[str, Part], names: Iterable[str], dtype: torch.dtype, team: Team) -> None:

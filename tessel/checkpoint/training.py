@@ -234,7 +234,7 @@ def require_one_save(folder: Path, iteration: int, layout: Mapping[str, Any], te
         )
     ids = [save_id for save_id, _ in of_node]
     if len(set(ids)) > 1:
-        usual = max(set(ids), key=ids.count)
+        usual = max(ids, key=ids.count)  # of as many, node 0's
         other = [str(node) for node, save_id in enumerate(ids) if save_id != usual]
         raise TesselError(
             f"{where} on node {', '.join(other)} is of another save than on the other nodes. Choose an iteration that "
