@@ -86,7 +86,7 @@ class ContextAttention:
         if dropout > 0:
             raise ValueError("attention that is shared out has no dropout of its probabilities")
         seq_length = q_BSHD.shape[1] * self._group.size()
-        work = self._work(seq_length, visibility.segments_BK, window, q_BSHD.device)
+        work = self.work(seq_length, visibility.segments_BK, window, q_BSHD.device)
         if self._inner > 1:
             q_BSHD, k_BKGD, v_BKGD = self._to_heads(q_BSHD, k_BKGD, v_BKGD)
         out: Tensor
@@ -97,11 +97,8 @@ class ContextAttention:
             out = RingAttention.apply(q_BSHD, k_BKGD, v_BKGD, self._ring, work)
         return self._to_sequence(out) if self._inner > 1 else out
 
-    def blocks(self, seq_length: int, segments_BW: Tensor | None, window: int | None) -> Work:
-        """The blocks that this rank computes for a sequence, step by step."""
-        return self._work(seq_length, segments_BW, window, torch.device("cpu"))
-
-    def _work(self, seq_length: int, segments_BW: Tensor | None, window: int | None, device: torch.device) -> Work:
+    def work(self, seq_length: int, segments_BW: Tensor | None, window: int | None, device: torch.device) -> Work:
+        """What this rank computes of a sequence with these segments, step by step."""
         if window is not None and window >= seq_length:
             window = None
         if segments_BW is not self._documents.segments_BW:
