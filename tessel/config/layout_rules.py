@@ -168,6 +168,14 @@ def check_pipeline_schedule(cfg: RunConfig) -> None:
             "--data-parallel-sharding-strategy optim_grads_params drops them: take optim_grads, or the schedule "
             f"{'interleaved' if virtual else '1f1b'}."
         )
+    again = "--recompute-granularity full" if cfg.kernels.recompute_granularity == "full" else None
+    if schedule in SPLIT_BACKWARD and (again or cfg.kernels.compile):
+        raise UsageError(
+            f"--pipeline-schedule {schedule} splits the backward pass, and {again or '--compile'} would run a layer "
+            f"once more for {'each of its weights' if again else 'each half'}: leave "
+            f"{'it out, or recompute selectively' if again else 'it out'}, or take the schedule "
+            f"{'interleaved' if virtual else '1f1b'}."
+        )
 
 
 def check_sequence_length(cfg: RunConfig) -> None:

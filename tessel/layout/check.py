@@ -77,7 +77,13 @@ def check_model(config: DecoderShape, layout: Layout, topology: Topology) -> Non
                 f"A mixture of experts on --tensor-model-parallel-size {topology.tp} needs --sequence-parallel, so "
                 "that no token goes to its experts twice: add it."
             )
-    stages_asked(layout, config.num_hidden_layers)
+    stages = stages_asked(layout, config.num_hidden_layers)
+    if config.tie_word_embeddings and stages.placement == "v":
+        raise UsageError(
+            f"--pipeline-schedule {schedule_of(layout)} puts the first and the last stage on one process, and this "
+            "model's embedding and output share their weights, which it would then hold twice: take "
+            "--pipeline-schedule interleaved with virtual stages, or 1f1b."
+        )
 
 
 def check_batch(batch: Batch, layout: Layout, topology: Topology) -> None:
@@ -119,6 +125,15 @@ def check_copies(layout: Layout, topology: Topology) -> None:
             f"--num-distributed-optimizer-instances {copies} does not divide the {topology.dp} data-parallel "
             f"replicas{experts}: use {any_of(fits)}."
         )
+
+
+def degrees_that_cut(config: DecoderShape, most: int) -> list[int]:
+    """The tensor-parallel degrees up to `most` that every dense parameter of the model can be cut by."""
+    cuts = _cuts(rules(config), is_expert=False).values()
+    vocab = config.vocab_size
+    return [
+        n for n in range(1, most + 1) if all(_divides(n, rule) for rule in cuts) and vocab > (n - 1) * -(-vocab // n)
+    ]
 
 
 def _cuts(table: dict[str, ParamRule], is_expert: bool) -> dict[str, ParamRule]:

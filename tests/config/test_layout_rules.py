@@ -42,6 +42,9 @@ BROKEN = {
     f"{PP}=2 pipeline_schedule=zbv {STRATEGY}=optim_grads_params": "take optim_grads, or the schedule 1f1b.",
     f"{PP}=2 pipeline_schedule=interleaved-zero-bubble num_virtual_stages_per_pipeline_rank=2 "
     f"{STRATEGY}=optim_grads_params": "take optim_grads, or the schedule interleaved.",
+    f"{PP}=2 pipeline_schedule=zbv recompute_granularity=full recompute_method=uniform recompute_num_layers=1":
+    "for each of its weights: leave it out, or recompute selectively, or take the schedule 1f1b.",
+    f"{PP}=2 pipeline_schedule=zbv compile": "once more for each half: leave it out, or take the schedule 1f1b.",
     # The sequence, of 16 tokens.
     f"{CP}=3": "--seq-length 16 is not a multiple of 2 x --context-parallel-size 3 = 6: 12 or 18 would be.",
     f"{CP}=16": "--seq-length 16 is not a multiple of 2 x --context-parallel-size 16 = 32: 32 would be.",

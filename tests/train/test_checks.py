@@ -42,7 +42,7 @@ BROKEN = {
     (f"{TP}=8", 8): "--tensor-model-parallel-size 8 does not divide the 12 attention heads: use 1, 2 or 4.",
     (f"{TP}=5", 5): "--tensor-model-parallel-size 5 does not divide the 12 attention heads: use 1.",
     (f"{TP}=3", 6): "--tensor-model-parallel-size 3 does not divide the 2 key/value heads: use 1, 2 or 6.",
-    (f"{PP}=4", 4): "6 layers cannot be dealt out evenly to 4 pipeline stages: use --pipeline-model-parallel-size 1, 2, 3, 6",
+    (f"{PP}=4", 4): "6 layers cannot be dealt out evenly to 4 pipeline stages: use --pipeline-model-parallel-size 1, 2",
     (f"{PP}=2 num_layer_list=4,4", 2): "--num-layer-list 4,4 has 2 entries with 8 layers in all: it must have --pipel",
     (f"{PP}=2 num_layers_per_virtual_pipeline_stage=2", 2): "does not divide the 6 layers over --pipeline-model-parall"
     "el-size 2 evenly: use 1 or 3.",
@@ -55,8 +55,8 @@ BROKEN = {
     ("-train_iters train_samples=800 rampup_batch_size=4,2,60", 2): "must be multiples of --micro-batch-size 2 x 2 dat"
     "a-parallel replicas = 4; 4 or 8 and 4 would be.",
     (f"{PP}=2 num_virtual_stages_per_pipeline_rank=3 global_batch_size=10", 2): "--pipeline-schedule interleaved on --"
-    "pipeline-model-parallel-size 2 cannot run 5 micro-batches in equal rounds, and a batch of 10 is so many on each of "
-    "1 data-parallel replicas: make it 8 or 12.",
+    "pipeline-model-parallel-size 2 cannot run 5 micro-batches in equal rounds, and a batch of 10 is so many on each "
+    "of 1 data-parallel replicas: make it 8 or 12.",
     (f"{PP}=2 num_virtual_stages_per_pipeline_rank=3 global_batch_size=12 -train_iters train_samples=800 "
      "rampup_batch_size=10,2,60", 2): "cannot run 5 micro-batches in equal rounds, and a batch of 10",
     # Copies of a sharded state.
@@ -104,6 +104,13 @@ def test_stages_schedule_and_shards_that_flags_ask_for() -> None:
     topology = check_layout(sharded, MODEL, 8)
     assert num_shards(sharded.layout, topology, "optim") == (4, 4)
     assert num_shards(sharded.layout, topology, "no_shard") == (1, 1)
+
+
+def test_a_v_shape_refuses_tied_weights() -> None:
+    flags = config(f"{PP}=2 pipeline_schedule=zbv noop_layers=6,7")
+    check_layout(flags, MODEL, 2)
+    with pytest.raises(UsageError, match="share their weights, which it would then hold twice: take --pipeline-sched"):
+        check_layout(flags, replace(MODEL, tie_word_embeddings=True), 2)
 
 
 def test_a_vocabulary_is_padded_but_leaves_no_process_without_rows() -> None:
