@@ -93,7 +93,8 @@ def _fill(tensor: Tensor, tile: Tile, stored: StoredTensor) -> None:
     part, local = part_of(tensor, tile), local_of(tensor)
     if part.values.shape != local.shape:
         local.zero_()
-    part.values.copy_(stored.read(part.index()))
+    if part.values.numel():
+        part.values.copy_(stored.read(part.index()))
 
 
 def _matching(folder: Path, tiles: Mapping[str, Tile], own: Collection[str]) -> dict[str, StoredTensor]:
