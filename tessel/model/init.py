@@ -50,11 +50,11 @@ def initialize_(
     lm_head.weight                                 normal(0, std)
     ============================================== =================================
 
-    A shared expert has the laws of an MLP. `std` is `--init-method-std`. The laws stand in the sharding table; a test holds this one against
-    it. A parameter's values depend on `seed` and its name alone: they are drawn on the CPU in fp32 from
-    a generator of its own, whatever the device, the dtype or the layout, and the run's own random
-    state is left as it was. A parameter that is held in part (`tiles`, by name) is drawn whole and cut;
-    padding is 0. Experts are drawn one by one.
+    A shared expert has the laws of an MLP. `std` is `--init-method-std`. The laws stand in the sharding
+    table; a test holds this one against it. A parameter's values depend on `seed` and its name alone: they
+    are drawn on the CPU in fp32 from a generator of its own, whatever the device, the dtype or the layout,
+    and the run's own random state is left as it was. A parameter that is held in part (`tiles`, by name) is
+    drawn whole and cut; padding is 0. Experts are drawn one by one.
     """
     table = rules(config)
     stds = {"normal": std, "scaled_normal": std / math.sqrt(2 * config.num_hidden_layers)}

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tessel.errors import UsageError
 from tessel.model.attention import AttentionFn, Visibility, plain_attention, sdpa_attention
+from tessel.model.moe import MixtureOfExperts
 from tessel.runtime.device import flash_attention_available
 
 
@@ -91,6 +92,12 @@ def _flash_runs(device: torch.device, dtype: torch.dtype, head_dim: int, dropout
 
 
 def compile_layers(layers: nn.ModuleDict) -> None:
-    """torch.compile each layer in place (`--compile`); layers of one shape share the compiled code."""
+    """torch.compile each layer in place (`--compile`); layers of one shape share the compiled code.
+
+    Mixtures of experts stay outside: how many tokens an expert gets is only known when they run.
+    """
     for layer in layers.values():
+        for module in layer.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         layer.compile()

@@ -129,7 +129,7 @@ class Experts(nn.Module):
         """
         experts_N = experts_TK.flatten()
         order_N = experts_N.argsort(stable=True)
-        inverse_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(len(order_N), device=order_N.device))
+        inverse_N = opposite(order_N)
         counts_X = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=x_TE.device)
         counts_X = counts_X.scatter_add(0, experts_N, torch.ones_like(experts_N))[: self.num_experts]
         rows_NE: Tensor = _Spread.apply(x_TE, order_N, inverse_N, experts_TK.shape[1])
@@ -141,7 +141,7 @@ class Experts(nn.Module):
             out_NE = self.exchange(kept_NE, counts_X, self.compute)
         if num_kept < len(rows_NE):
             out_NE = F.pad(out_NE, (0, 0, 0, len(rows_NE) - num_kept))
-        out_NE = _Permute.apply(out_NE, inverse_N, order_N)
+        out_NE = permute(out_NE, inverse_N, order_N)
         return torch.einsum("tk,tke->te", weights_TK, out_NE.view(*experts_TK.shape, -1))
 
     def compute(self, rows_NE: Tensor, counts_X: Tensor) -> Tensor:
@@ -203,9 +203,18 @@ class _Spread(torch.autograd.Function):
         return grad_TKE.sum(dim=1), None, None, None
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order; backward is the opposite order."""
+def opposite(order_N: Tensor) -> Tensor:
+    """The order that undoes another."""
+    return torch.empty_like(order_N).scatter(0, order_N, torch.arange(len(order_N), device=order_N.device))
 
+
+def permute(rows_NE: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    """rows[order]; `inverse_N` is the opposite order, by which gradients go back."""
+    permuted: Tensor = _Permute.apply(rows_NE, order_N, inverse_N)
+    return permuted
+
+
+class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_NE: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_N)

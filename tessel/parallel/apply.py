@@ -74,7 +74,7 @@ def _own_parts(
             from tessel.parallel.tensor import apply_tensor_parallel
 
             apply_tensor_parallel(part, config, groups, layout.sequence_parallel)
-        if groups.ep is not None or groups.etp is not None:
+        if config.num_experts:
             from tessel.parallel.expert import apply_expert_parallel
 
             apply_expert_parallel(part, config, groups)
