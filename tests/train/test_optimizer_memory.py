@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tessel.cli import main
 from tessel.config.memory import Memory
 from tessel.config.run import Optimizer
 from tessel.model.config import ModelConfig
@@ -19,10 +20,9 @@ from tessel.model.transformer import Transformer
 from tessel.train import frugal, state
 from tessel.train.frugal import FrugalOptimizer
 from tessel.train.optimizer import build_optimizer, load_state_by_name, parameter_groups, state_by_name
-from tessel.train.state import BLOCK, Blockwise, dynamic_values, local_state, read, write
+from tessel.train.state import BLOCK
 from tests.train import runs
 
-CPU = torch.device("cpu")
 # Large enough that matrices are held in 8 bits.
 CONFIG = ModelConfig.from_hf(
     {
@@ -68,7 +68,7 @@ class Run:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
 
     def weights(self) -> dict[str, Tensor]:
@@ -151,13 +151,14 @@ def test_the_fraction_is_of_elements() -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "largest"), [(BF16, 0.01), (EIGHT_BITS, 0.03), (MIXED, 0.03)], ids=["bf16", "8bit", "mixed"]
+    ("memory", "largest"), [(BF16, 0.0005), (EIGHT_BITS, 0.002), (MIXED, 0.002)], ids=["bf16", "8bit", "mixed"]
 )
 def test_fewer_bits_change_the_curve_little(memory: Memory, largest: float) -> None:
-    exact, rounded = Run(None).steps(0, 120), Run(memory).steps(0, 120)
-    assert exact[-1] < 0.1 * exact[0]
+    """By so many nats at no step, of a loss that falls from 4.6 to 0.05."""
+    exact, rounded = Run(None).steps(0, 60), Run(memory).steps(0, 60)
+    assert exact[-1] < 0.05 < 4.5 < exact[0]
     assert exact != rounded
-    assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < largest * exact[0]
+    assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < largest
 
 
 @pytest.mark.parametrize(("memory", "per_number"), [(BF16, 2.0), (EIGHT_BITS, 1 + 4 / BLOCK)], ids=["bf16", "8bit"])
@@ -209,87 +210,6 @@ def test_state_of_one_kind_goes_into_another() -> None:
         for name, tensor in state_by_name(other.optimizer).items():
             bound = largest * exact[name].abs().max()
             assert (tensor.float() - exact[name]).abs().max() <= bound, name
-
-
-# The numbers that codes stand for, and what is lost.
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_codes(signed: bool) -> None:
-    values = dynamic_values(signed, CPU)
-    assert len(values) == (255 if signed else 256)
-    assert torch.equal(values, values.unique())
-    assert values[-1] == 1.0 and (values == 0).sum() == 1
-    assert torch.equal(values, -values.flip(0)) is signed
-    assert values[values > 0].min() < 1e-5
-
-
-def _kept(values: Tensor, signed: bool, generator: torch.Generator | None = None) -> tuple[Tensor, Blockwise]:
-    kept = Blockwise.zeros(values, signed, CPU)
-    whole = slice(0, values.numel())
-    write(local_state(kept, signed), whole, values.clone(), generator)
-    return kept.decoded(), kept
-
-
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("num", [BLOCK * 40, BLOCK * 3 + 17, 5])
-def test_the_error_is_half_a_step_between_codes(signed: bool, num: int) -> None:
-    generator = torch.Generator().manual_seed(num)
-    values = torch.randn(num, generator=generator) * 10.0 ** torch.randint(-6, 1, (num,), generator=generator)
-    values = values if signed else values.square()
-    shown, _ = _kept(values, signed)
-    roots, shown_roots = (values, shown) if signed else (values.sqrt(), shown.sqrt())
-    for begin in range(0, num, BLOCK):
-        block, found = roots[begin : begin + BLOCK], shown_roots[begin : begin + BLOCK]
-        relative = block.abs() / block.abs().max()
-        error = (found - block).abs() / block.abs().max()
-        # In the decade of 10^-d, steps are 0.9 x 10^-d / 2^(6 - d), for the unsigned half of that.
-        decade = (-relative.log10()).floor().clamp(0, 6)
-        largest = 0.9 * 10.0**-decade / 2 ** (6 - decade) / 2 / (1 if signed else 2)
-        # Around a power of ten, and above the last code of a decade, the step is that of two decades' ends.
-        assert (error <= largest * 1.6 + 1e-6).all()
-        assert (error[relative >= 0.2] <= (0.0071 if signed else 0.0036)).all()
-
-
-def test_largest_of_a_block_and_zero_are_exact() -> None:
-    values = torch.zeros(BLOCK * 2)
-    values[3], values[BLOCK + 9] = -0.3, 7e-20
-    shown, kept = _kept(values, True)
-    assert torch.equal(shown, values)
-    assert kept.scales.tolist() == pytest.approx([0.3, 7e-20])
-
-
-def test_only_zero_becomes_zero_in_the_second_moment() -> None:
-    values = torch.full((BLOCK,), 1e-20)
-    values[0], values[1] = 1.0, 0.0
-    shown, _ = _kept(values, False)
-    assert shown[1] == 0 and shown[0] == 1.0
-    assert (shown[2:] > 1e-20).all() and (shown[2:] < 1e-12).all()
-
-
-@pytest.mark.parametrize("kind", ["bf16", "8bit"])
-def test_rounding_at_random_keeps_the_mean(kind: str) -> None:
-    """A second moment that is only ever multiplied by 0.999 falls as it should; to the nearest, it would stay."""
-    num, steps = BLOCK * 64, 400
-    start = torch.rand(num, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
-    start[::BLOCK] = 1.0
-
-    def after(at_random: bool) -> Tensor:
-        kept: Any = torch.zeros(num, dtype=torch.bfloat16) if kind == "bf16" else Blockwise.zeros(start, False, CPU)
-        held, whole = local_state(kept, False), slice(0, num)
-        write(held, whole, start.clone())
-        # A block's largest stays, so that the others fall against it.
-        for step in range(steps):
-            values = read(held, whole) * 0.999
-            values[::BLOCK] = 1.0
-            write(held, whole, values, torch.Generator().manual_seed(step) if at_random else None)
-        return read(held, whole)
-
-    rest = torch.ones(num, dtype=torch.bool)
-    rest[::BLOCK] = False
-    expected = start[rest].mean() * 0.999**steps
-    assert float(after(True)[rest].mean()) == pytest.approx(float(expected), rel=0.02)
-    assert float(after(False)[rest].mean()) > 1.3 * expected
 
 
 def test_a_large_parameter_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,12 +265,13 @@ def test_shards_are_updated_where_they_are(one_process: None, memory: Memory) ->
 
 # Whole runs.
 
-WIDE = "--hidden-size 64 --ffn-hidden-size 112".split()
+WIDE = "--hidden-size 64 --ffn-hidden-size 112 --eval-interval 100 --num-workers 0".split()
+PRECISE = "--use-precision-aware-optimizer"
 OPTIONS = {
-    "offload": "--optimizer-cpu-offload --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d",
+    "offload": "--bf16 --optimizer-cpu-offload --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d",
     "swap": "--swap-optimizer --swap-attention --recompute-granularity selective --recompute-modules mlp layernorm",
-    "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
-    "8bit": "--use-precision-aware-optimizer --exp-avg-dtype 8bit --exp-avg-sq-dtype 8bit --cpu-offloading-num-layers 1",
+    "bf16": f"--bf16 {PRECISE} --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+    "8bit": f"{PRECISE} --exp-avg-dtype 8bit --exp-avg-sq-dtype 8bit --cpu-offloading-num-layers 1",
 }
 
 
@@ -359,43 +280,49 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.write_pattern(tmp_path_factory.mktemp("data") / "text")
 
 
-def _losses(data: Path, save: Path, train_iters: int, *more: str) -> tuple[list[float], str]:
-    # The schedule is that of the whole run, wherever it stops.
-    result = runs.tessel(runs.flags(data, save, 4, *WIDE, "--exit-interval", str(train_iters), *more))
-    return runs.losses(save), result.stdout + result.stderr
+def _train(data: Path, save: Path, halt: bool, *more: str) -> list[float]:
+    """Four iterations, or the first two of them."""
+    assert main(runs.flags(data, save, 4, *WIDE, *(["--exit-interval", "2"] if halt else []), *more)) == 0
+    return runs.losses(save)
 
 
 @pytest.fixture(scope="module")
-def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    save = tmp_path_factory.mktemp("plain")
-    _losses(data, save, 9, "--save-interval", "2")
-    return save
+def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Runs without any option, by whether they compute in bf16."""
+    saves = {in_bf16: tmp_path_factory.mktemp("plain") for in_bf16 in (False, True)}
+    for in_bf16, save in saves.items():
+        _train(data, save, False, *(["--bf16"] if in_bf16 else []))
+    return saves
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_run_with_the_option_goes_on_bitwise(name: str, data: Path, plain: Path, tmp_path: Path) -> None:
+def test_a_run_with_the_option_goes_on_bitwise(
+    name: str, data: Path, plain: dict[bool, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     option = OPTIONS[name].split()
-    straight, told = _losses(data, tmp_path / "straight", 9, *option)
-    _losses(data, tmp_path / "halted", 2, *option)
-    halted, _ = _losses(data, tmp_path / "halted", 9, *option)
-    assert halted == straight
+    straight = _train(data, tmp_path / "straight", False, *option)
+    told = capsys.readouterr().out
+    _train(data, tmp_path / "halted", True, *option)
+    assert _train(data, tmp_path / "halted", False, *option) == straight
     assert runs.weight_bytes(tmp_path / "halted") == runs.weight_bytes(tmp_path / "straight")
     assert "optimizer state: " in told
-    exact = runs.losses(plain)
+    unmoved = plain["--bf16" in option]
     if name in ("offload", "swap"):
-        assert straight == exact
-        assert runs.weight_bytes(tmp_path / "straight") == runs.weight_bytes(plain)
+        assert straight == runs.losses(unmoved)
+        assert runs.weight_bytes(tmp_path / "straight") == runs.weight_bytes(unmoved)
         assert "on the CPU everything is in host memory already" in told
     else:
-        assert straight == pytest.approx(exact, rel=0.02)
-        assert straight != exact
+        assert straight == pytest.approx(runs.losses(unmoved), abs=0.002)
+        assert straight != runs.losses(unmoved)
 
 
-def test_another_precision_converts_and_says_so(data: Path, plain: Path, tmp_path: Path) -> None:
-    save = tmp_path / "run"
-    _losses(data, save, 2)
-    went_on, told = _losses(data, save, 9, *OPTIONS["8bit"].split())
-    assert went_on == pytest.approx(runs.losses(plain), rel=0.02)
+def test_another_precision_converts_and_says_so(
+    data: Path, plain: dict[bool, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _train(data, tmp_path, True)
+    went_on = _train(data, tmp_path, False, *OPTIONS["8bit"].split())
+    assert went_on == pytest.approx(runs.losses(plain[False]), abs=0.002)
+    told = capsys.readouterr().out
     for moment in ("exp_avg", "exp_avg_sq"):
         assert f"{moment}: saved by a run that kept it in fp32, and kept in 8bit from here on" in told
 
