@@ -145,19 +145,27 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("--load takes any format, and hf/ is always written at the end", (
         "--enable-hf2mg-convert --enable-mg2hf-convert"
     )),
+    **_accepted("weights are held once, in fp32", "--reuse-fp32-param"),
+    **_accepted("the optimizer is torch's on every device", "--use-torch-optimizer-for-cpu-offload"),
+    **_accepted("one parameter's state after the other", "--swap-optimizer-times=1"),
+    "--main-grads-dtype": Accepted(1, "always so", only=("fp32",)),
+    "--main-params-dtype": Accepted(1, "always so", only=("fp32",)),
     "--attention-mask-type": Accepted(1, "always so", only=("causal",)),
+    "--moe-zero-memory": Accepted(1, "use --recompute-granularity", only=("disable",)),
     "--encoder-tensor-model-parallel-size": Accepted(1, "there is no encoder", only=("0", "1")),
     "--encoder-pipeline-model-parallel-size": Accepted(1, "there is no encoder", only=("0",)),
     "--partitions": Accepted(1, "files are read in one go", only=("1",)),
     "--handler-name": Accepted(1, "always so", only=("GeneralPretrainHandler",)),
 }  # fmt: skip
-    "--moe-zero-memory": Accepted(1, "use --recompute-granularity", only=("disable",)),
 
 INSTEAD: dict[str, str] = {
     "--batch-size": "use --micro-batch-size",
     "--warmup": "use --lr-warmup-fraction",
     "--model-parallel-size": "use --tensor-model-parallel-size",
     "--checkpoint-activations": "use --recompute-activations",
+    "--recompute-norm": "use --recompute-granularity selective --recompute-modules layernorm",
+    "--recompute-norm-num-layers": "use --recompute-granularity selective --recompute-modules layernorm",
+    "--quant-states": "use --use-precision-aware-optimizer --exp-avg-dtype 8bit --exp-avg-sq-dtype 8bit",
     "--encoder-num-layers": "use --num-layers",
     "--encoder-seq-length": "use --seq-length",
     "--max-length": "use --seq-length, or --max-new-tokens in generate",
@@ -169,6 +177,8 @@ INSTEAD: dict[str, str] = {
     "--tiktoken-num-special-tokens": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
     "--tiktoken-special-tokens": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
     "--mock-data": "give --data-path any text file instead",
+    "--moe-tp-extend-ep": "use --expert-tensor-parallel-size 1 and a larger --expert-model-parallel-size",
+    "--moe-extended-tp": "use --expert-tensor-parallel-size",
     "--npu-deterministic": "use --deterministic-mode",
     "--jit-compile": "use --compile",
     "--null-tokenizer-eod-id": "use --eod-id",
@@ -177,8 +187,6 @@ INSTEAD: dict[str, str] = {
     "--model-type": "the kind of model is read from config.json",
     "--model-type-hf": "the family is read from config.json",
     "--params-dtype": "use --bf16, --fp16 or --fp32",
-    "--moe-tp-extend-ep": "use --expert-tensor-parallel-size 1 and a larger --expert-model-parallel-size",
-    "--moe-extended-tp": "use --expert-tensor-parallel-size",
     "--yaml-cfg": "use --config",
     "--trust-remote-code": "code from a model's folder is never run",
     "--no-load-strict": "missing or surplus tensors are always errors",
@@ -200,15 +208,13 @@ LATER: dict[str, str] = {
         "--moe-router-num-groups --moe-router-group-topk --moe-input-jitter-eps --moe-use-upcycling "
         "--moe-latent-size --moe-per-layer-logging --moe-router-force-load-balancing"
     )),
-    **_later("finer ways to save memory (--recompute-granularity is there)", (
-        "--recompute-modules --recompute-activation-function --recompute-activation-function-num-layers "
-        "--swap-attention --swap-optimizer --optimizer-cpu-offload --optimizer-offload-fraction "
-        "--use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads "
-        "--no-pin-cpu-params"
+    **_later("this way to save memory (--recompute-modules, --cpu-offloading and --swap-attention are there)", (
+        "--fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size --swap-modules "
+        "--smart-swap --adaptive-recompute-device-size --adaptive-recompute-device-swap --recompute-in-bubble "
+        "--recompute-in-advance --cpu-offloading-weights --optimizer-cuda-graph"
     )),
     **_later("precisions beyond --bf16, --fp16 and --fp32", (
-        "--reuse-fp32-param --o2-optimizer --o2-gradient --use-precision-aware-optimizer --main-grads-dtype "
-        "--main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --fp16-lm-cross-entropy "
+        "--o2-optimizer --o2-gradient --quant-grads --fp16-lm-cross-entropy "
         "--fp32-residual-connection --disable-bf16-reduced-precision-matmul --first-last-layers-bf16 "
         "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
     )),

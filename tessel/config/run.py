@@ -12,6 +12,7 @@ from typing import Any
 from tessel.config.experts import Experts
 from tessel.config.field import option
 from tessel.config.layout import Launch, Layout
+from tessel.config.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class ModelShape:
     make_vocab_size_divisible_by: int | None = option(
         None, "pad the embedding's rows to a multiple of this (128 for a model from shape flags)"
     )
-    init_method_std: float = option(0.02, "standard deviation of the initial weights")
     num_experts: int | None = option(None, "experts in a layer of a mixture of experts")
     moe_router_topk: int | None = option(None, "experts of each token (2 for a model from shape flags)")
     moe_ffn_hidden_size: int | None = option(
@@ -64,6 +64,7 @@ class ModelShape:
     )
     first_k_dense_replace: int | None = option(None, "the first so many layers have no experts; -1 and 0: all have")
     norm_topk_prob: bool = option(False, "the weights of the chosen experts add up to 1")
+    init_method_std: float = option(0.02, "standard deviation of the initial weights")
     attention_dropout: float = option(0.0, "dropout of attention probabilities (Megatron's own default is 0.1)")
     hidden_dropout: float = option(0.0, "dropout of each residual branch (Megatron's own default is 0.1)")
 
@@ -159,7 +160,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels and memory."""
+    """Kernels, and what is recomputed as a whole."""
 
     attention_backend: str = option(
         "auto",
@@ -308,12 +309,13 @@ class RunConfig:
     """Everything that `tessel pretrain` was asked for."""
 
     model: ModelShape = field(default_factory=ModelShape)
-    batch: Batch = field(default_factory=Batch)
     experts: Experts = field(default_factory=Experts)
+    batch: Batch = field(default_factory=Batch)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     precision: Precision = field(default_factory=Precision)
     kernels: Kernels = field(default_factory=Kernels)
+    memory: Memory = field(default_factory=Memory)
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

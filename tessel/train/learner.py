@@ -14,7 +14,7 @@ from tessel.model.transformer import Transformer
 from tessel.parallel.peers import Peers
 from tessel.parallel.runner import Runner
 from tessel.train.gradients import Gradients
-from tessel.train.optimizer import state_by_name
+from tessel.train.optimizer import keep_state, state_by_name
 from tessel.train.scaler import GradScaler
 
 
@@ -47,8 +47,12 @@ class Learner:
         return tensors | self.optimizer_tensors() if with_optimizer else tensors
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's part of `tensors`: loading into it in place is loading the optimizer."""
+        """The optimizer's part of `tensors`: loading into it in place, then `keep_optimizer`, loads the optimizer."""
         return {f"optimizer.{name}": tensor for name, tensor in state_by_name(self.optimizer).items()}
+
+    def keep_optimizer(self, loaded: Mapping[str, Tensor]) -> None:
+        """Take over what was loaded into `optimizer_tensors`, some of which may be copies."""
+        keep_state(self.optimizer, {name.removeprefix("optimizer."): tensor for name, tensor in loaded.items()})
 
 
 def named_parameters(parts: Sequence[Transformer]) -> dict[str, nn.Parameter]:

@@ -27,8 +27,10 @@ from tessel.model.balance import Balance, RouterOptions
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.kernels import choose
+from tessel.model.offload import Offload
+from tessel.model.recompute import Recompute
 from tessel.model.shape import contradictions
-from tessel.model.transformer import Recompute, Transformer
+from tessel.model.transformer import Transformer
 from tessel.parallel.apply import Sharding, parallelize
 from tessel.parallel.gradients import PartialSums, num_copies
 from tessel.parallel.groups import Groups, build_groups
@@ -36,6 +38,7 @@ from tessel.parallel.peers import Peers
 from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
+from tessel.train import frugal
 from tessel.train.gradients import Gradients
 from tessel.train.learner import Learner, named_parameters
 from tessel.train.optimizer import build_optimizer, parameter_groups
@@ -89,7 +92,10 @@ def build_learner(
                 kernels,
                 attention_dropout=cfg.model.attention_dropout,
                 hidden_dropout=cfg.model.hidden_dropout,
-                recompute=Recompute.from_options(cfg.kernels),
+                recompute=Recompute.from_options(
+                    cfg.kernels, cfg.memory, has_experts=model_config.num_experts > 0
+                ),
+                offload=Offload.from_options(cfg.memory),
                 balance=balance,
             )
 
@@ -106,7 +112,10 @@ def build_learner(
         _sharding(cfg, groups, dtype, device, stack),
     )
     parameters = named_parameters(parts)
-    optimizer = build_optimizer(parameter_groups(parameters.items(), model_config, cfg.optimizer), cfg.optimizer)
+    optimizer_groups = parameter_groups(parameters.items(), model_config, cfg.optimizer)
+    optimizer = build_optimizer(optimizer_groups, cfg.optimizer, cfg.memory)
+    for line in frugal.notes(cfg.memory, device, optimizer):
+        log(line)
     return Learner(
         parts=tuple(parts),
         optimizer=optimizer,
@@ -156,7 +165,9 @@ def _runner(cfg: RunConfig, parts: Sequence[Transformer], stages: Stages, groups
     if groups is not None and groups.pp is not None:
         from tessel.parallel.pipeline import PipelineRunner
 
-        return PipelineRunner(list(parts), stages, groups, cfg.layout, localize)
+        return PipelineRunner(
+            list(parts), stages, groups, cfg.layout, localize, compute_dtype=compute_dtype(cfg.precision)
+        )
     reduce_each = groups is None or sharding_strategy_of(cfg.layout) in ("optim_grads", "optim_grads_params")
     return PlainRunner(parts[0], localize, reduce_each=reduce_each)
 

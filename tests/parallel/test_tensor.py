@@ -19,7 +19,8 @@ from tessel.layout.topology import Degrees, Topology
 from tessel.model.attention import Visibility
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
-from tessel.model.transformer import Recompute, Transformer
+from tessel.model.recompute import Recompute
+from tessel.model.transformer import Transformer
 from tessel.parallel.gradients import PartialSums
 from tessel.parallel.groups import Groups, build_groups
 from tessel.parallel.tensor import apply_tensor_parallel
@@ -214,7 +215,8 @@ def recomputed() -> None:
     config = config_of("qwen3")
     for sequence_parallel in (False, True):
         expected, gradients = backward(on_ranks(config, sequence_parallel)[0], batch_of(config))
-        for recompute in (Recompute("full"), Recompute("full", "block", 1), Recompute("selective")):
+        parts = Recompute("selective", modules=frozenset({"layernorm", "core_attn"}), activation_layers=None)
+        for recompute in (Recompute("full"), Recompute("full", "block", 1), Recompute("selective"), parts):
             loss, again = backward(on_ranks(config, sequence_parallel, recompute=recompute)[0], batch_of(config))
             assert torch.equal(loss, expected)
             assert all(torch.equal(again[name], gradients[name]) for name in gradients)
