@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed
@@ -130,6 +131,14 @@ class Processes:
         usage = all(kind == UsageError.__name__ for *_, kind in failed.values())
         raise (UsageError if usage else TesselError)(message) from error
 
+    def largest(self, value: float) -> float:
+        """The largest `value` of all processes: what one has noticed, all know. All processes call it."""
+        if self.control is None:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.control)
+        return found.item()
+
     def node_group(self) -> ProcessGroup | None:
         """A new CPU group of the ranks of this node; None for one process. All processes call it."""
         own = None
@@ -185,6 +194,26 @@ def process_group(device: torch.device, timeout_minutes: float, world: World | N
     distributed.barrier(group=control)
     failure.sign_out()
     distributed.destroy_process_group()
+
+
+def on_every_node(function: Callable[[], T], world: World) -> Callable[[], T]:
+    """Call `function` now, and let what it returns or raises come out of the function that is returned.
+
+    For what looks at files before there is a process group: a node that lacks one must not leave the others
+    waiting there, so its error is kept for `Processes.together`. What is wrong on every node alike, a UsageError,
+    is raised at once, and so is anything on a single node.
+    """
+    try:
+        value = function()
+    except TesselError as error:
+        if isinstance(error, UsageError) or world.num_nodes == 1:
+            raise
+        return partial(_raise, error)
+    return lambda: value
+
+
+def _raise(error: TesselError) -> NoReturn:
+    raise error
 
 
 class NodeNews:

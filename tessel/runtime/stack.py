@@ -13,6 +13,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _WRAPPERS = frozenset({"wrapper", "inner", "_fn", "fn", "__call__", "_call_impl", "_wrapped_call_impl", "decorate"})
 _TORCH = "/torch/"
 _COMMUNICATION = "/torch/distributed/"
+_BACKWARD = "/torch/autograd/"
 
 Spot = tuple[CodeType, int]
 
@@ -25,13 +26,14 @@ def place_of_main_thread(but_thread: int | None = None) -> str:
     frames = sys._current_frames()
     main = frames.pop(threading.main_thread().ident or 0, None)
     frames.pop(but_thread or 0, None)
-    # Backward passes on an accelerator run in threads of torch's own.
-    for frame in [main, *frames.values()]:
-        if frame is not None:
-            spots = list(_spots_of_frame(frame))
-            if _operation(spots) is not None:
-                return _place(spots)
-    return _place(list(_spots_of_frame(main))) if main is not None else "nowhere"
+    if main is None:
+        return "nowhere"
+    candidates = [main]
+    if _BACKWARD in main.f_code.co_filename:
+        # On an accelerator, it runs in threads of torch's own.
+        candidates = [*frames.values(), main]
+    spots = [list(_spots_of_frame(frame)) for frame in candidates]
+    return _place(next((stack for stack in spots if _operation(stack) is not None), spots[-1]))
 
 
 def place_of_traceback(trace: TracebackType | None) -> str:
@@ -54,7 +56,7 @@ def _asking(spots: list[Spot]) -> Spot:
     tessel = [spot for spot in spots if _PACKAGE in Path(spot[0].co_filename).parents]
     above = [spot for spot in tessel if Path(spot[0].co_filename).parent.name != "runtime"]
     theirs = [spot for spot in spots if _TORCH not in spot[0].co_filename]
-    return (above or theirs or spots)[-1]
+    return (above or tessel or theirs or spots)[-1]
 
 
 def _operation(spots: Iterable[Spot]) -> str | None:

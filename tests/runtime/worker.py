@@ -129,7 +129,7 @@ def once(argument: str) -> None:
             place = folder / (f"node_{world.node}" if per_node else "all")
             with processes.first("a file", per_node=per_node) as leads:
                 if leads:
-                    time.sleep(5 * TIMEOUT_MINUTES * 60 if TIMEOUT_MINUTES < 1 else 0.5)
+                    time.sleep(0.5 if per_node else min(1.5 * TIMEOUT_MINUTES * 60, 10))
                     place.write_text(str(world.rank))
                 assert place.read_text()
                 (folder / f"{place.name}_leader_{world.rank}_{int(leads)}").touch()
