@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from tessel.config.run import RunConfig
 from tessel.data.loader import Loader, MicroBatch
 from tessel.errors import TesselError
 from tessel.runtime import device as devices
+from tessel.runtime import watchdog
 from tessel.runtime.log import log
+from tessel.runtime.process import Processes
 from tessel.train import metrics
 from tessel.train.batch_size import BatchSize
 from tessel.train.evaluation import Evaluator
@@ -54,6 +56,7 @@ class Parts:
     training_log: TrainingLog
     sinks: list[Sink]
     device: torch.device
+    processes: Processes = field(default_factory=Processes)
 
 
 class Trainer:
@@ -117,6 +120,7 @@ class Trainer:
 
     def _train_on(self, batches: list[MicroBatch], size: int) -> StepResult:
         parts, position = self._parts, self.position
+        watchdog.at(position.iteration + 1, "training step")
         parts.scheduler.apply(parts.learner.optimizer.param_groups)
         result = parts.step(batches)
         if not result.is_finite and not result.skipped:
@@ -182,6 +186,7 @@ class Trainer:
         parts, iteration = self._parts, self.position.iteration
         interval = parts.cfg.evaluation.eval_interval
         if interval and iteration % interval == 0:
+            watchdog.at(iteration, "evaluation")
             parts.evaluator.validate(iteration, self.position.consumed_samples, self._stop.signalled)
         self._save(parts.saver.after_iteration)
         reason = self._stop.reason(iteration, is_last=iteration >= parts.train_iters)
@@ -198,6 +203,7 @@ class Trainer:
         parts, position = self._parts, self.position
         with signals_stop(self._stop):
             self._save(parts.saver.before_exit)
+            watchdog.at(position.iteration, "last evaluation")
             parts.evaluator.final(position.iteration, position.consumed_samples, self._stop.signalled)
         if not self._stop.signalled():
             return None
@@ -208,6 +214,7 @@ class Trainer:
         return f"received {self._stop.signal_name}"
 
     def _save(self, save: Callable[[int, int], None]) -> None:
+        watchdog.at(self.position.iteration, "save")
         save(self.position.iteration, self.position.consumed_samples)
 
 
