@@ -26,6 +26,7 @@ from tessel.layout.tiles import Tile
 from tessel.model.config import ModelConfig
 from tessel.runtime.files import atomic_folder
 from tessel.runtime.log import progress
+from tessel.runtime.watchdog import unlimited
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -74,6 +75,7 @@ def load_into(
         tiles = {name: whole_tile(tuple(parameter.shape)) for name, parameter in parameters.items()}
     stored = _matching(folder, tiles, parameters.keys())
     with (
+        unlimited("reading weights"),
         progress("reading weights", sum(parameter.numel() for parameter in parameters.values())) as bar,
         torch.no_grad(),
     ):

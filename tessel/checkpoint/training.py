@@ -36,6 +36,7 @@ from tessel.checkpoint.tiles import LoadPlans, SavePlans, SliceReader
 from tessel.errors import TesselError
 from tessel.runtime.files import atomic_folder, atomic_write, disk_errors
 from tessel.runtime.team import Team
+from tessel.runtime.watchdog import unlimited
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE_FILE = "run.json"
@@ -290,7 +291,8 @@ def load_tensors(folder: Path, iteration: int, tensors: Mapping[str, Tensor], te
         TesselError: some are not in the checkpoint or have another shape; they are listed. On all processes
             of `team`.
     """
-    (team or Team()).each(lambda: _load_own(iteration_folder(folder, iteration), tensors))
+    with unlimited("reading a checkpoint"):
+        (team or Team()).each(lambda: _load_own(iteration_folder(folder, iteration), tensors))
 
 
 def _load_own(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -16,9 +16,11 @@ from tessel.checkpoint.gather import write_whole
 from tessel.checkpoint.tiles import tiled
 from tessel.config.run import Checkpoint
 from tessel.model.config import ModelConfig
+from tessel.model.mixture import beyond_the_family
 from tessel.runtime import random as random_state
-from tessel.runtime.log import log
+from tessel.runtime.log import log, warn_once
 from tessel.runtime.team import Team
+from tessel.runtime.watchdog import unlimited
 from tessel.train import metrics
 from tessel.train.learner import Learner
 from tessel.train.schedule import Scheduler
@@ -80,7 +82,8 @@ class RunSaver:
 
     def wait(self) -> None:
         """Wait for a save in the background."""
-        self._background.wait()
+        with unlimited("saving a checkpoint"):
+            self._background.wait()
 
     def last_good(self) -> Path | None:
         """The newest whole checkpoint, after waiting for one that is being written."""
@@ -97,6 +100,7 @@ class RunSaver:
         state = self._state(iteration, consumed_samples)
         rng = None if self._flags.no_save_rng else random_state.get_state(self._device)
         tensors = tiled(self._learner.tensors(with_optimizer=not self._flags.no_save_optim), self._learner.tiles)
+        config = self._learner.balance.config_now(self._model_config)
         log(metrics.saving_line(iteration, folder, FORMAT))
 
         def write(team: Team, on_copied: Callable[[], None] | None) -> None:
@@ -106,17 +110,18 @@ class RunSaver:
                 tensors,
                 state,
                 rng,
-                self._write_hf_metadata,
+                lambda target: self._write_hf_metadata(target, config),
                 self._flags.keep_last_k,
                 team,
                 on_copied,
             )
             log(metrics.saved_line(iteration, folder))
 
-        if self._flags.async_save:
-            self._background.start(lambda on_copied: write(self._background_team, on_copied))
-        else:
-            write(self._team, None)
+        with unlimited("saving a checkpoint"):
+            if self._flags.async_save:
+                self._background.start(lambda on_copied: write(self._background_team, on_copied))
+            else:
+                write(self._team, None)
         self._saved_iteration = iteration
         elapsed_ms = (time.perf_counter() - started_s) * 1000.0
         log(metrics.timer_lines({"save-checkpoint": (elapsed_ms, elapsed_ms)}))
@@ -130,15 +135,23 @@ class RunSaver:
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
 
-    def _write_hf_metadata(self, folder: Path) -> None:
-        huggingface.write_metadata(folder, self._model_config, self._learner.dtype, self._side_files)
+    def _write_hf_metadata(self, folder: Path, config: ModelConfig) -> None:
+        huggingface.write_metadata(folder, config, self._learner.dtype, self._side_files)
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder in the precision of training, on the first process, and say so."""
 
-        def write(weights: Iterator[tuple[str, Tensor]]) -> None:
-            huggingface.export(weights, self._model_config, folder, self._learner.dtype, self._side_files)
+        config = self._learner.balance.config_now(self._model_config)
 
-        write_whole(self._learner.weights(), self._learner.tiles, self._learner.dtype, write, self._team)
+        def write(weights: Iterator[tuple[str, Tensor]]) -> None:
+            huggingface.export(weights, config, folder, self._learner.dtype, self._side_files)
+
+        with unlimited("writing the Hugging Face folder"):
+            write_whole(self._learner.weights(), self._learner.tiles, self._learner.dtype, write, self._team)
         without = " (without tokenizer: none was used)" if not self._has_tokenizer else ""
         log(f"wrote the Hugging Face folder {folder}{without}")
+        ways = beyond_the_family(config)
+        if ways:
+            warn_once(
+                f"transformers does not know of {', '.join(ways)} in a {config.family} model: logits differ there"
+            )
