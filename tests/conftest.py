@@ -32,11 +32,20 @@ _TINY_SHAPE: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_EXPERTS: dict[str, Any] = {
+    "rope_theta": 1000000.0,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 _TINY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"rope_theta": 1000000.0, "rms_norm_eps": 1e-6}),
     "qwen3": ("Qwen3", {"rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "head_dim": 16}),
     "llama": ("Llama", {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}),
     "mistral": ("Mistral", {"rope_theta": 10000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "head_dim": 8}),
+    "mixtral": ("Mixtral", {"rope_theta": 1000000.0, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
+    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "norm_topk_prob": True, "head_dim": 16}),
 }
 
 
@@ -121,7 +130,7 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_hf_folder(tmp_path: Path) -> Callable[..., Path]:
     """`tiny_hf_folder(family, seed=0, tokenizer=None, **config)`: a random model saved by transformers.
 
-    `family` is qwen2, qwen3, llama or mistral; `config` overrides fields of its tiny config.json.
+    `family` is one of `_TINY_FAMILIES`; `config` overrides fields of its tiny config.json.
     Matrices are drawn wider than usual, so that logits differ enough for an error to show.
     """
 

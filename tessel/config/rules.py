@@ -32,17 +32,20 @@ AT_LEAST_ONE = _names(
     "save_hf_interval keep_last_k eval_interval log_interval tensorboard_log_interval tensorboard_queue_size "
     "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
     "expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank "
-    "ulysses_degree_in_cp num_distributed_optimizer_instances nproc_per_node"
+    "ulysses_degree_in_cp num_distributed_optimizer_instances nproc_per_node "
+    "num_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size"
 )
 ABOVE_ZERO = _names(
     "rotary_base norm_epsilon rope_scaling_factor low_freq_factor high_freq_factor exit_duration_in_mins "
-    "initial_loss_scale min_loss_scale distributed_timeout_minutes"
+    "initial_loss_scale min_loss_scale distributed_timeout_minutes moe_expert_capacity_factor "
+    "moe_router_topk_scaling_factor"
 )
 NOT_NEGATIVE = _names(
     "lr min_lr decoupled_lr decoupled_min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay "
     "start_weight_decay end_weight_decay clip_grad adam_eps sgd_momentum z_loss_coeff eval_iters num_workers "
     "manual_gc_interval init_method_std seed mid_level_dataset_surplus ckpt_step loss_scale eod_id "
-    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers node_rank max_restarts"
+    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers node_rank max_restarts "
+    "moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate"
 )
 BELOW_ONE = _names("attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction")
 
@@ -275,6 +278,15 @@ def check_model(cfg: RunConfig) -> None:
         raise UsageError(f"--rotary-percent is {shape.rotary_percent}: it must be 1.0, or left out.")
 
 
+def check_experts(cfg: RunConfig) -> None:
+    """Router options that need one another."""
+    experts = cfg.experts
+    if experts.moe_pad_expert_input_to_capacity and experts.moe_expert_capacity_factor is None:
+        raise UsageError(
+            "--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor: add it, or leave it out."
+        )
+
+
 def check_checkpoint(cfg: RunConfig) -> None:
     """What is taken from --load."""
     checkpoint = cfg.checkpoint
@@ -299,6 +311,7 @@ RULES: tuple[Rule, ...] = (
     check_precision,
     check_recomputation,
     check_checkpoint,
+    check_experts,
     *LAUNCH_RULES,
     *LAYOUT_RULES,
     *MEMORY_RULES,

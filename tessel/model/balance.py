@@ -8,7 +8,7 @@ Shape suffixes: L layers, X experts, T tokens, K experts of a token, B batch, S 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -92,7 +92,11 @@ class Balance:
         self.layers = [layer for layer in range(self.num_layers) if config.has_experts(layer)]
         self.loss_weight = 1.0
         self.peers: TokenPeers | None = None
-        self.bias_LX = torch.zeros(self.num_layers, self.num_experts, device="cpu") if options.expert_bias else None
+        self.bias_LX: Tensor | None = None
+        if config.expert_bias is not None:
+            self.bias_LX = torch.tensor(config.expert_bias, device="cpu")
+        elif options.expert_bias:
+            self.bias_LX = torch.zeros(self.num_layers, self.num_experts, device="cpu")
         self._sums_LR: Tensor | None = None
         self._global_counts: dict[int, tuple[Tensor, int]] = {}
 
@@ -127,11 +131,17 @@ class Balance:
     @torch.no_grad()
     def update_bias(self, sums_LR: Tensor) -> None:
         """Raise the bias of experts with less than the mean load, and lower that of the others."""
-        if self.bias_LX is None:
+        if self.bias_LX is None or not self.options.expert_bias:
             return
         counts_LX = sums_LR[:, _NUM_LOSSES:]
         below_LX = torch.sign(counts_LX.mean(dim=1, keepdim=True) - counts_LX)
         self.bias_LX = self.bias_LX.to(sums_LR.device) + below_LX * self.options.bias_update_rate
+
+    def config_now(self, config: ModelConfig) -> ModelConfig:
+        """The model's configuration with the biases as they are: they are saved there, and not among the weights."""
+        if self.bias_LX is None:
+            return config
+        return replace(config, expert_bias=tuple(tuple(row) for row in self.bias_LX.tolist()))
 
     def figures(self, sums_LR: Tensor, num_micro_batches: int) -> Mapping[str, float]:
         """What is logged of a step: losses as means over layers and micro-batches, under Megatron's names.

@@ -42,7 +42,7 @@ class ModelConfig:
 
     A mixture has `num_experts` in each layer but the `dense_layers`, and `num_experts_per_tok` of them see a
     token; `norm_topk_prob` says whether their weights add up to 1. A shared expert, of an inner width above 0,
-    sees every token.
+    sees every token. `expert_bias`, of every layer and expert, is added to scores when experts are chosen.
     """
 
     family: str
@@ -73,6 +73,7 @@ class ModelConfig:
     norm_topk_prob: bool = True
     scoring_func: str = "softmax"
     routed_scaling_factor: float = 1.0
+    expert_bias: tuple[tuple[float, ...], ...] | None = field(default=None, repr=False, compare=False)
     dtype: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

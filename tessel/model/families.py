@@ -85,13 +85,15 @@ class Mixture(Protocol):
     def scoring_func(self) -> str: ...
     @property
     def routed_scaling_factor(self) -> float: ...
+    @property
+    def expert_bias(self) -> tuple[tuple[float, ...], ...] | None: ...
 
 
 def experts_from_hf(raw: Mapping[str, Any], family: str, num_layers: int) -> dict[str, Any]:
     """The fields of a ModelConfig that are about experts; none for a dense family.
 
-    `scoring_func` and `routed_scaling_factor` are keys that transformers knows of other families alone:
-    tessel writes them where a run routes by them.
+    `scoring_func`, `routed_scaling_factor` and `e_score_correction_bias` (of every layer and expert) are not
+    of these families for transformers: tessel writes them where a run routes by them.
 
     Raises:
         TesselError: numbers that do not fit each other, or a feature that is not supported.
@@ -119,7 +121,21 @@ def experts_from_hf(raw: Mapping[str, Any], family: str, num_layers: int) -> dic
         "norm_topk_prob": bool(known.get("norm_topk_prob", False)),
         "scoring_func": scoring,
         "routed_scaling_factor": float(known.get("routed_scaling_factor") or 1.0),
+        "expert_bias": _expert_bias(known, num_layers, num_experts),
     }
+
+
+def _expert_bias(known: Mapping[str, Any], num_layers: int, num_experts: int) -> tuple[tuple[float, ...], ...] | None:
+    rows = known.get("e_score_correction_bias")
+    if rows is None:
+        return None
+    whole = isinstance(rows, list) and len(rows) == num_layers and all(isinstance(row, list) for row in rows)
+    if not whole or any(len(row) != num_experts or not all(type(x) is float for x in row) for row in rows):
+        raise TesselError(
+            f"e_score_correction_bias must have {num_layers} lists of {num_experts} numbers. Take config.json from the "
+            "model's source."
+        )
+    return tuple(tuple(row) for row in rows)
 
 
 def _dense_layers(known: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
@@ -150,4 +166,6 @@ def experts_to_hf(config: Mixture) -> dict[str, Any]:
         hf["scoring_func"] = config.scoring_func
     if config.routed_scaling_factor != 1.0:
         hf["routed_scaling_factor"] = config.routed_scaling_factor
+    if config.expert_bias is not None:
+        hf["e_score_correction_bias"] = [list(row) for row in config.expert_bias]
     return hf

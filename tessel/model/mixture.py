@@ -11,6 +11,8 @@ from tessel.config.run import ModelShape
 from tessel.errors import UsageError
 from tessel.model.families import Mixture
 
+_MAX_LAYERS = 10_000
+
 
 def family_of(shape: ModelShape) -> str:
     """The family of a model from shape flags.
@@ -108,7 +110,7 @@ def _pattern(text: str) -> int | list[int]:
 
 def _value(node: ast.expr) -> Any:
     """The value of an expression of whole numbers, lists, + and *; nothing else is evaluated."""
-    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10_000:
+    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < _MAX_LAYERS:
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_value(node.operand)
@@ -117,8 +119,15 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _value(node.left) + _value(node.right)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        return _value(node.left) * _value(node.right)
+        left, right = _value(node.left), _value(node.right)
+        if max(len(x) if isinstance(x, list) else 1 for x in (left, right)) * _times(left, right) > _MAX_LAYERS:
+            raise ValueError("too long")
+        return left * right
     raise ValueError("not a list of numbers")
+
+
+def _times(left: Any, right: Any) -> int:
+    return max((x for x in (left, right) if isinstance(x, int)), default=1)
 
 
 def flags_of_experts(config: Mixture, num_layers: int) -> dict[str, Any]:
@@ -154,10 +163,26 @@ def router_changes(config: Mixture, experts: Experts, given: frozenset[str] | se
         changes["routed_scaling_factor"] = experts.moe_router_topk_scaling_factor
     # A model from flags has no config.json that could know better than MindSpeed's names.
     by_name = experts.moe_router_load_balancing_type in PRE_SOFTMAX and not config.raw
-    if (experts.moe_router_pre_softmax or by_name) and "norm_topk_prob" not in given:
+    scoring = changes.get("scoring_func", config.scoring_func)
+    # A sigmoid's scores are always divided by their sum, as in Megatron.
+    if (experts.moe_router_pre_softmax or by_name) and "norm_topk_prob" not in given and scoring == "softmax":
         changes["norm_topk_prob"] = False
-    if experts.moe_router_enable_expert_bias and changes.get("scoring_func", config.scoring_func) != "sigmoid":
+    if experts.moe_router_enable_expert_bias and scoring != "sigmoid":
         raise UsageError(
             "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid: add it, as Megatron asks, too."
         )
     return changes
+
+
+def beyond_the_family(config: Mixture) -> list[str]:
+    """How a model's tokens are routed otherwise than transformers routes those of its family."""
+    ways = []
+    if config.scoring_func != "softmax":
+        ways.append("sigmoid scores")
+    if config.routed_scaling_factor != 1.0:
+        ways.append("a factor on the experts' weights")
+    if config.expert_bias is not None:
+        ways.append("a bias of the choice")
+    if config.family == "mixtral" and not config.norm_topk_prob:
+        ways.append("weights that do not add up to 1")
+    return ways

@@ -17,7 +17,17 @@ from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
 
 # Entries of config.json that say nothing about the shape.
-_NOT_SHAPE = ("torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range")
+_NOT_SHAPE = (
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+    "initializer_range",
+    "e_score_correction_bias",
+)
+# Fields that router options change after config.json was read; the run's own config.json holds them.
+_ROUTED = ("norm_topk_prob", "scoring_func", "routed_scaling_factor")
 _PROBES = 64
 _PROBE_TOKENS = 256
 # Flags that decide which tokens a step trains on, or with which loss.
@@ -71,7 +81,7 @@ def model_differences(ours: ModelConfig, asked: ModelConfig) -> list[str]:
     return [
         f"model: {f.name} was {getattr(ours, f.name)!r} and is {getattr(asked, f.name)!r}"
         for f in fields(ModelConfig)
-        if f.compare and f.name not in _NOT_SHAPE and getattr(ours, f.name) != getattr(asked, f.name)
+        if f.compare and f.name not in (*_NOT_SHAPE, *_ROUTED) and getattr(ours, f.name) != getattr(asked, f.name)
     ]
 
 

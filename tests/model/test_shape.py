@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
+import torch
 
+from tessel.config.experts import Experts
 from tessel.config.run import ModelShape
-from tessel.errors import UsageError
+from tessel.errors import TesselError, UsageError
+from tessel.model.balance import Balance, RouterOptions
 from tessel.model.config import ModelConfig
 
 COMPLETE = ModelShape(
@@ -179,3 +183,139 @@ def test_flags_that_contradict(flags: dict[str, Any], message: str) -> None:
         check(**flags)
     # A value that was not given is a default, and says nothing.
     MODEL.check_shape_flags(ModelShape(**flags), set())
+
+
+EXPERTS = {"num_experts": 8, "ffn_hidden_size": 96}
+
+
+def test_mixtures_of_experts() -> None:
+    mixtral = ModelConfig.from_shape(shape(**EXPERTS))
+    assert (mixtral.family, mixtral.num_experts, mixtral.num_experts_per_tok) == ("mixtral", 8, 2)
+    assert (mixtral.moe_intermediate_size, mixtral.dense_layers, mixtral.norm_topk_prob) == (96, (), True)
+    qwen3 = ModelConfig.from_shape(
+        shape(**EXPERTS, qk_layernorm=True, moe_router_topk=4, moe_ffn_hidden_size=24, moe_layer_freq="[0]*1+[1]*1")
+    )
+    assert (qwen3.family, qwen3.num_experts_per_tok, qwen3.moe_intermediate_size) == ("qwen3_moe", 4, 24)
+    assert (qwen3.dense_layers, qwen3.qk_norm, qwen3.intermediate_size) == ((0,), True, 96)
+    shared = {"moe_shared_expert_intermediate_size": 40, "moe_shared_expert_gate": True}
+    for bias in (False, True):
+        qwen2 = ModelConfig.from_shape(shape(**EXPERTS, **shared, add_qkv_bias=bias, first_k_dense_replace=1))
+        assert (qwen2.family, qwen2.shared_expert_intermediate_size, qwen2.attention_bias) == ("qwen2_moe", 40, bias)
+        assert qwen2.dense_layers == (0,)
+        assert ModelConfig.from_hf(qwen2.to_hf()) == qwen2
+
+
+@pytest.mark.parametrize(
+    ("freq", "dense"),
+    [
+        ("1", ()),
+        ("-1", ()),
+        ("2", (1, 3, 5)),
+        ("([0]+[1]*2)*2", (0, 3)),
+        ("[1,0,1,0,1,1]", (1, 3)),
+    ],
+)
+def test_layers_with_experts(freq: str, dense: tuple[int, ...]) -> None:
+    flags = shape(**EXPERTS, num_layers=6, qk_layernorm=True, moe_layer_freq=freq)
+    assert ModelConfig.from_shape(flags).dense_layers == dense
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"moe_router_topk": 9}, "--moe-router-topk 9 is more than --num-experts 8"),
+        ({"moe_layer_freq": "2"}, "Dense layers beside layers with experts.*need --qk-layernorm"),
+        ({"moe_ffn_hidden_size": 24}, "--moe-ffn-hidden-size other than --ffn-hidden-size"),
+        ({"add_qkv_bias": True}, "--num-experts with --add-qkv-bias fits Qwen2-MoE alone"),
+        ({"moe_shared_expert_intermediate_size": 8}, "needs --moe-shared-expert-gate"),
+        (
+            {"moe_shared_expert_intermediate_size": 8, "qk_layernorm": True},
+            "--moe-shared-expert-intermediate-size and --qk-layernorm together fit no supported family",
+        ),
+        ({"qk_layernorm": True, "moe_layer_freq": "[1]*3"}, "is about 3 layers, and the model has 2"),
+        ({"moe_layer_freq": "[2]*2"}, "must be a whole number, or a list of 0 and 1"),
+        ({"moe_layer_freq": "0"}, "must be a whole number, or a list of 0 and 1"),
+        ({"moe_layer_freq": "__import__('os')"}, "must be a whole number, or a list of 0 and 1"),
+        ({"moe_layer_freq": "[0"}, "must be a whole number, or a list of 0 and 1"),
+        ({"moe_layer_freq": "[1]*-1+1"}, "must be a whole number, or a list of 0 and 1"),
+        ({"moe_layer_freq": "[1]*9999*9999*9999"}, "must be a whole number, or a list of 0 and 1"),
+    ],
+)
+def test_mixtures_that_are_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ModelConfig.from_shape(shape(**EXPERTS | flags))
+
+
+MIXTURE = ModelConfig.from_hf(
+    {
+        "model_type": "qwen3_moe",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    }
+)
+
+
+def test_a_mixtures_flags_agree_or_contradict() -> None:
+    agreeing = {
+        "num_experts": 8,
+        "moe_router_topk": 4,
+        "moe_ffn_hidden_size": 24,
+        "ffn_hidden_size": 96,
+        "moe_layer_freq": "-1",
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+    }
+    MIXTURE.check_shape_flags(ModelShape(**agreeing), set(agreeing))
+    for flags, message in (
+        ({"num_experts": 4}, r"--num-experts 4 \(the model: 8\)"),
+        ({"moe_router_topk": 2}, r"--moe-router-topk 2 \(the model: 4\)"),
+        ({"moe_shared_expert_intermediate_size": 9}, r"intermediate-size 9 \(the model: None\)"),
+        ({"moe_layer_freq": "1"}, r"layers \(\) without experts \(the model: \(0,\)\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            MIXTURE.check_shape_flags(ModelShape(**flags), set(flags))
+    with pytest.raises(UsageError, match=r"--num-experts 4 \(the model: None\)"):
+        check(num_experts=4)
+    # Scripts for dense models of the suites hold it.
+    check(norm_topk_prob=True)
+
+
+def test_router_options_change_the_model() -> None:
+    def changed(config: ModelConfig = MIXTURE, *given: str, **options: Any) -> ModelConfig:
+        return config.with_router_options(Experts(**options), {*options, *given})
+
+    assert changed() == MIXTURE
+    assert changed(moe_router_pre_softmax=True).norm_topk_prob is False
+    assert changed(MIXTURE, "norm_topk_prob", moe_router_pre_softmax=True).norm_topk_prob is True
+    # A name of MindSpeed's does not overrule config.json, and is all that a model from flags has.
+    assert changed(moe_router_load_balancing_type="softmax_topk").norm_topk_prob is True
+    from_flags = ModelConfig.from_shape(shape(**EXPERTS))
+    assert changed(from_flags, moe_router_load_balancing_type="softmax_topk").norm_topk_prob is False
+    sigmoid = changed(moe_router_score_function="sigmoid", moe_router_topk_scaling_factor=2.5)
+    assert (sigmoid.scoring_func, sigmoid.routed_scaling_factor) == ("sigmoid", 2.5)
+    assert ModelConfig.from_hf(sigmoid.to_hf()) == sigmoid
+    with pytest.raises(UsageError, match="--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid"):
+        changed(moe_router_enable_expert_bias=True)
+    with pytest.raises(UsageError, match="--moe-aux-loss-coeff: the model has no experts"):
+        changed(MODEL, moe_aux_loss_coeff=0.1)
+    assert changed(MODEL, moe_token_dispatcher_type="alltoall") == MODEL
+
+
+def test_the_bias_of_experts_is_kept_in_config_json() -> None:
+    balance = Balance(MIXTURE, RouterOptions(expert_bias=True))
+    assert balance.bias_LX is not None
+    balance.bias_LX += torch.arange(32).view(4, 8) * 0.1
+    kept = ModelConfig.from_hf(json.loads(json.dumps(balance.config_now(MIXTURE).to_hf())))
+    again = Balance(kept, RouterOptions(expert_bias=True)).bias_LX
+    assert again is not None and torch.equal(again, balance.bias_LX)
+    assert kept == MIXTURE, "it is state, not shape"
+    with pytest.raises(TesselError, match="e_score_correction_bias must have 4 lists of 8 numbers"):
+        ModelConfig.from_hf({**MIXTURE.to_hf(), "e_score_correction_bias": [[0.0] * 8] * 3})
