@@ -14,6 +14,7 @@ from typing import TypeVar
 from tessel.config import verbs
 from tessel.config.megatron import MEGATRON, PREPROCESSING, ForeignFlags
 from tessel.config.parser import parse
+from tessel.config.plan_rules import validate_plan
 from tessel.config.run import RunConfig
 from tessel.config.show import format_config, mark_changes
 from tessel.config.validate import advice, validate, validate_generate, validate_samples
@@ -121,6 +122,16 @@ def doctor(argv: list[str]) -> None:
     target.doctor(cfg)
 
 
+def plan(argv: list[str]) -> None:
+    """List the layouts of a model that fit on so many devices, with their memory and speed."""
+    cfg = _read(verbs.PlanConfig, argv, "plan", validate_plan)
+    if cfg is None:
+        return
+    from tessel.report import plan as target
+
+    target.plan(cfg)
+
+
 def plot(argv: list[str]) -> None:
     """Draw the loss curves of runs side by side."""
     cfg = _read(verbs.PlotConfig, argv, "plot")
@@ -148,6 +159,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     "inspect": inspect,
     "doctor": doctor,
+    "plan": plan,
     "plot": plot,
     "demo": demo,
 }

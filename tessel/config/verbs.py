@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tessel.config.field import REQUIRED, option
+from tessel.config.layout import SHARDING_STRATEGIES
 from tessel.config.run import RunConfig, Tokenizer
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
@@ -90,6 +91,46 @@ class InspectConfig:
     tensors: bool = option(False, "list every tensor of a model, with its shape and type")
     json: bool = option(False, "print one JSON object")
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanLayout:
+    """What is given already. The rest is found."""
+
+    micro_batch_size: int | None = option(None, "sequences in one forward pass")
+    tensor_model_parallel_size: int | None = option(None, "processes that share each layer")
+    pipeline_model_parallel_size: int | None = option(None, "processes that share the layers")
+    context_parallel_size: int | None = option(None, "processes that share each sequence")
+    expert_model_parallel_size: int | None = option(None, "processes that share the experts")
+    expert_tensor_parallel_size: int | None = option(None, "processes that share each expert; 1 if not given")
+    data_parallel_sharding_strategy: str | None = option(
+        None, "what data-parallel processes share", choices=SHARDING_STRATEGIES
+    )
+    recompute: str | None = option(
+        None, "activations that are computed again", choices=("none", "selective", "mlp", "full")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What is trained, and on what."""
+
+    model: str = option(
+        REQUIRED, "Hugging Face folder, its config.json, or a name such as Qwen2.5-7B", metavar="DIR|NAME"
+    )
+    devices: str = option(REQUIRED, "how many and of which memory, such as 8x80GB", metavar="NxSIZE")
+    seq_length: int = option(REQUIRED, "tokens in a sequence")
+    global_batch_size: int = option(REQUIRED, "sequences in one optimizer step")
+    devices_per_node: int = option(8, "devices on one machine, with fast links between them")
+    device_kind: str | None = option(
+        None, "rates of H100, H200, A100 or 910B; by the size of the memory if not given", metavar="KIND"
+    )
+    rates: str | None = option(None, "YAML with measured rates, instead of --device-kind", metavar="FILE")
+    fp32: bool = option(False, "compute in fp32, not in bf16")
+    bf16: bool = option(False, "compute in bf16 (the default)")
+    output: str | None = option(None, "write the best layout here, for tessel pretrain --config", metavar="FILE")
+    top: int = option(10, "layouts to list")
+    pinned: PlanLayout = field(default_factory=PlanLayout)
 
 
 @dataclass(frozen=True, kw_only=True)
