@@ -15,8 +15,12 @@ from tessel.config.layout import Layout
 from tessel.layout.stages import Stages
 from tessel.model.config import ModelConfig
 from tessel.model.kernels import compile_layers
+from tessel.model.stage import keep_stage
 from tessel.model.transformer import Transformer
+from tessel.parallel.context import apply_context_parallel
+from tessel.parallel.expert import apply_expert_parallel
 from tessel.parallel.groups import Groups
+from tessel.parallel.tensor import apply_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -64,24 +68,15 @@ def parallelize(
 def _own_parts(
     build: Callable[[], Transformer], config: ModelConfig, groups: Groups, stages: Stages, layout: Layout
 ) -> list[Transformer]:
-    parts = [build()]
-    if groups.pp is not None:
-        from tessel.model.stage import keep_stage
-
+    if groups.pp is None:
+        parts = [build()]
+    else:
         parts = [keep_stage(build(), stage) for stage in stages.of_rank(groups.place.pp)]
     for part in parts:
-        if groups.tp is not None:
-            from tessel.parallel.tensor import apply_tensor_parallel
-
-            apply_tensor_parallel(part, config, groups, layout.sequence_parallel)
+        apply_tensor_parallel(part, config, groups, layout.sequence_parallel)
         if config.num_experts:
-            from tessel.parallel.expert import apply_expert_parallel
-
             apply_expert_parallel(part, config, groups)
-        if groups.cp is not None:
-            from tessel.parallel.context import apply_context_parallel
-
-            apply_context_parallel(part, groups, layout.cp_comm_type, layout.ulysses_degree_in_cp)
+        apply_context_parallel(part, groups, layout.cp_comm_type, layout.ulysses_degree_in_cp)
     return parts
 
 

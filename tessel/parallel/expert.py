@@ -127,7 +127,7 @@ class ExpertExchange:
         if self.etp is None:
             return out_NE
         out_NE = all_to_all(out_NE, self.etp, [of_parts[own]] * self.num_parts, of_parts)
-        return out_NE.view(self.num_parts, of_parts[own], -1).sum(dim=0)
+        return out_NE.view(self.num_parts, of_parts[own], out_NE.shape[-1]).sum(dim=0)
 
 
 def _by_expert(counts_PRX: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,9 +32,12 @@ from tessel.model.recompute import Recompute
 from tessel.model.shape import contradictions
 from tessel.model.transformer import Transformer
 from tessel.parallel.apply import Sharding, parallelize
+from tessel.parallel.context import localizer
 from tessel.parallel.gradients import PartialSums, num_copies
 from tessel.parallel.groups import Groups, build_groups
+from tessel.parallel.overlap import enable_overlap
 from tessel.parallel.peers import Peers
+from tessel.parallel.pipeline import PipelineRunner
 from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
@@ -74,35 +77,17 @@ def build_learner(
     A run's optimizer state is not loaded here. `stack` closes the process group of mixed precision.
     """
     dtype = compute_dtype(cfg.precision)
-    kernels = choose(
-        device,
-        dtype,
-        cfg.kernels.attention_backend,
-        head_dim=model_config.head_dim,
-        dropout=cfg.model.attention_dropout,
-    )
-    log(kernels.describe())
-
     balance = Balance(model_config, RouterOptions.from_options(cfg.experts))
-
-    def build() -> Transformer:
-        with torch.device("meta"):
-            return Transformer(
-                model_config,
-                kernels,
-                attention_dropout=cfg.model.attention_dropout,
-                hidden_dropout=cfg.model.hidden_dropout,
-                recompute=Recompute.from_options(
-                    cfg.kernels, cfg.memory, has_experts=model_config.num_experts > 0
-                ),
-                offload=Offload.from_options(cfg.memory),
-                balance=balance,
-            )
-
     tiles = tiles_of(model_config, groups)
     stages = stages_asked(cfg.layout, model_config.num_hidden_layers)
+    if cfg.layout.tp_comm_overlap:
+        log(
+            enable_overlap(
+                device, None if groups is None else groups.tp, cfg.layout.sequence_parallel, cfg.kernels.compile
+            )
+        )
     parts = parallelize(
-        build,
+        _builder(cfg, model_config, balance, device),
         model_config,
         groups,
         stages,
@@ -127,6 +112,34 @@ def build_learner(
         tiles=tiles,
         balance=balance,
     )
+
+
+def _builder(
+    cfg: RunConfig, model_config: ModelConfig, balance: Balance, device: torch.device
+) -> Callable[[], Transformer]:
+    """What makes a whole model on the meta device."""
+    kernels = choose(
+        device,
+        compute_dtype(cfg.precision),
+        cfg.kernels.attention_backend,
+        head_dim=model_config.head_dim,
+        dropout=cfg.model.attention_dropout,
+    )
+    log(kernels.describe())
+
+    def build() -> Transformer:
+        with torch.device("meta"):
+            return Transformer(
+                model_config,
+                kernels,
+                attention_dropout=cfg.model.attention_dropout,
+                hidden_dropout=cfg.model.hidden_dropout,
+                recompute=Recompute.from_options(cfg.kernels, cfg.memory, has_experts=model_config.num_experts > 0),
+                offload=Offload.from_options(cfg.memory),
+                balance=balance,
+            )
+
+    return build
 
 
 def tiles_of(model_config: ModelConfig, groups: Groups | None) -> dict[str, Tile]:
@@ -159,12 +172,8 @@ def _sharding(
 def _runner(cfg: RunConfig, parts: Sequence[Transformer], stages: Stages, groups: Groups | None) -> Runner:
     localize: Localize = whole
     if groups is not None and groups.cp is not None:
-        from tessel.parallel.context import localizer
-
         localize = localizer(parts[0].config, groups, cfg.layout.cp_comm_type, cfg.layout.ulysses_degree_in_cp)
     if groups is not None and groups.pp is not None:
-        from tessel.parallel.pipeline import PipelineRunner
-
         return PipelineRunner(
             list(parts), stages, groups, cfg.layout, localize, compute_dtype=compute_dtype(cfg.precision)
         )
