@@ -100,6 +100,19 @@ def test_document_masks_stay(elsewhere: type[Elsewhere], pair: Any, tokens_BS: T
     assert 3 * 37 * 37 not in Elsewhere.fetched
 
 
+def test_compiled_layers_travel_too(elsewhere: type[Elsewhere], pair: Any, tokens_BS: Tensor) -> None:
+    results = []
+    for moved in (None, Offload(9)):
+        model = pair("Qwen2", ours={"offload": moved})[1]
+        for layer in model.layers.values():
+            layer.compile(backend="aot_eager")
+        results.append(_step(model, tokens_BS))
+    plain, again = results
+    assert torch.equal(plain[0], again[0])
+    assert all(torch.equal(gradient, again[1][name]) for name, gradient in plain[1].items())
+    assert elsewhere.sent == len(elsewhere.fetched) > 0
+
+
 class _Two(nn.Module):
     """Keeps its input twice, one of its views, and its weight."""
 

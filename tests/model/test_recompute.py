@@ -13,9 +13,13 @@ from tessel.config.memory import Memory
 from tessel.config.run import Kernels as KernelOptions
 from tessel.errors import UsageError
 from tessel.layout.stages import stages_of
+from tessel.model.balance import Balance, RouterOptions
+from tessel.model.config import ModelConfig
+from tessel.model.init import initialize_
 from tessel.model.layers import gated
 from tessel.model.recompute import Recompute, forgetting
 from tessel.model.stage import keep_stage
+from tessel.model.transformer import Transformer
 from tests.model.live import Live, forward_backward
 
 
@@ -158,3 +162,66 @@ def test_options_that_cannot_be() -> None:
         Recompute.from_options(options, memory)
     found = Recompute.from_options(options, memory, has_experts=True)
     assert found is not None and found.modules == {"mlp", "moe_act", "moe"}
+
+
+EXPERTS = ModelConfig.from_hf(
+    {
+        "model_type": "qwen2_moe",
+        "vocab_size": 307,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+)
+
+
+def _experts_step(recompute: Recompute | None, tokens_BS: Tensor) -> tuple[Any, Tensor]:
+    options = RouterOptions("aux_loss", aux_loss_coeff=0.01, z_loss_coeff=0.001)
+    balance = Balance(EXPERTS, options)
+    model = Transformer(EXPERTS, hidden_dropout=0.2, recompute=recompute, balance=balance)
+    initialize_(model, EXPERTS, std=0.15, seed=1)
+    balance.start_step(1.0)
+    return _step(model.train(), tokens_BS), balance.take(tokens_BS.device)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        selective("moe_act"),
+        selective("shared_experts"),
+        selective("moe"),
+        selective("mlp"),
+        selective("core_attn", "layernorm", "moe_act", "shared_experts", activation_layers=None),
+        Recompute("full", "block", 1, activation_layers=None),
+    ],
+    ids=lambda recompute: (
+        "+".join(sorted(recompute.modules)) + ("" if recompute.granularity == "selective" else " full")
+    ),
+)
+def test_a_mixture_of_experts_is_bitwise_equal(recompute: Recompute, tokens_BS: Tensor) -> None:
+    """The router's losses and counts too: each once."""
+    (loss, gradients, kept_bytes), sums = _experts_step(None, tokens_BS)
+    (again_loss, again, fewer_bytes), again_sums = _experts_step(recompute, tokens_BS)
+    assert torch.equal(again_loss, loss)
+    assert torch.equal(again_sums, sums)
+    for parameter, gradient in gradients.items():
+        assert torch.equal(again[parameter], gradient), parameter
+    assert fewer_bytes < kept_bytes
+
+
+def test_moe_keeps_less_than_its_activation_alone(tokens_BS: Tensor) -> None:
+    kept = {
+        name: _experts_step(selective(name), tokens_BS)[0][2] for name in ("moe_act", "shared_experts", "moe", "mlp")
+    }
+    assert kept["moe"] < kept["moe_act"]
+    assert kept["moe"] < kept["shared_experts"]
+    # One layer is dense, and mlp is about that one.
+    assert kept["moe"] < kept["mlp"]
