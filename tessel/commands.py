@@ -57,12 +57,13 @@ def _check_before_launch(cfg: RunConfig, given: frozenset[str]) -> None:
     """
     if cfg.launch.nnodes != "1" or cfg.launch.nproc_per_node is None:
         return
-    from tessel.train.checks import check_layout
+    from tessel.train.checks import check_layout, check_model_of_run
     from tessel.train.setup import model_config_of
     from tessel.train.source import find_source
 
     source = find_source(cfg.checkpoint, cfg.model)
     model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
+    check_model_of_run(cfg, source, model_config)
     check_layout(cfg, model_config, cfg.launch.nproc_per_node)
 
 

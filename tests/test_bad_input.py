@@ -386,7 +386,7 @@ def test_a_run_of_another_model_or_other_data(data: Path, finished: Path, tmp_pa
     configure(longer, num_hidden_layers=3)
     command = flags(data, save, 6, "--override-opt-param-scheduler")
     again = loading(longer, data, save, 6, "--override-opt-param-scheduler")
-    refused(again, "num_hidden_layers was 2 and is 3", "--override", "--no-resume")
+    refused(again, "num_hidden_layers was 2 and is 3", "--override", "--no-resume", status=2)
     refused([*command, "--num-layers", "3"], "--num-layers 3 (the model: 2)", "--override", "--no-resume", status=2)
     refused([*command, "--seq-length", "32"], "--seq-length was 16 and is 32", "--override")
     # Of the same lengths, as packed data has them, and other tokens.

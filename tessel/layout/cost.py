@@ -132,8 +132,9 @@ class CostModel:
         between = hidden / (t.tp if choice.sequence_parallel else 1)
         layers = stage.num_dense + stage.num_mixtures
         again = 1.5 if choice.recompute == "full" else 1.0
+        again_in_mlp = 1.5 if choice.recompute in ("full", "mlp") else 1.0
         # Four crossings a dense layer and two of attention alone, each there and back; embedding and head.
-        crossings = (4 * stage.num_dense + 2 * stage.num_mixtures) * again + stage.is_first + stage.is_last
+        crossings = 2 * layers * again + 2 * stage.num_dense * again_in_mlp + stage.is_first + stage.is_last
         tp = count * crossings * 2 * hidden * (t.tp - 1) / t.tp
         kv_heads = max(c.num_key_value_heads / t.tp, 1)
         kv = 2 * choice.compute_bytes * choice.tokens * kv_heads * c.head_dim
@@ -141,8 +142,7 @@ class CostModel:
         cp = count * layers * kv * (t.cp - 1) * (4 if choice.recompute in ("full", "selective") else 3)
         pp = count * choice.num_chunks * 2 * between if t.pp > 1 else 0.0
         routed = between * c.num_experts_per_tok
-        ep = count * stage.num_mixtures * 4 * again * routed * (t.ep - 1) / t.ep
-        ep += count * stage.num_mixtures * 4 * again * routed * (t.etp - 1)
+        ep = count * stage.num_mixtures * 4 * again_in_mlp * routed * ((t.ep - 1) / t.ep + t.etp - 1)
         return {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "dp": self._sent_by_replicas(choice, stage)}
 
     def _sent_by_replicas(self, choice: Choice, stage: Stage) -> float:

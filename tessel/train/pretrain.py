@@ -30,7 +30,7 @@ from tessel.runtime.team import Team
 from tessel.runtime.world import World
 from tessel.train import frugal
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
-from tessel.train.checks import check_layout
+from tessel.train.checks import check_layout, check_model_of_run
 from tessel.train.evaluation import Evaluator
 from tessel.train.flops import flops_per_token
 from tessel.train.identity import check_same_run, model_differences, run_identity
@@ -90,6 +90,7 @@ def _find(cfg: RunConfig, given: frozenset[str], world: World) -> _Found:
     check_packages(cfg.logging)
     source = find_source(cfg.checkpoint, cfg.model)
     model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
+    check_model_of_run(cfg, source, model_config)
     model_config = model_config.with_router_options(cfg.experts, given)
     _check_length(cfg, model_config)
     topology = check_layout(cfg, model_config, world.world_size)
