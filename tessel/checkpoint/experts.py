@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tessel.checkpoint.names import is_stacked, places_of, renamed, stored_name
-from tessel.checkpoint.weights import StoredTensor
+from tessel.checkpoint.stored import StoredTensor
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessel.checkpoint.safetensors import read_header, refuse_impostor
+from tessel.checkpoint.stored import StoredTensor
 from tessel.errors import TesselError
 from tessel.runtime.files import require_path
 
@@ -42,22 +43,6 @@ _UNPICKLER_ERRORS = (
     MemoryError,
     struct.error,
 )
-
-
-class StoredTensor(Protocol):
-    """A tensor in a file."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def path(self) -> Path: ...
-
-    def read(self, index: tuple[slice, ...] | None = None) -> Tensor:
-        """The tensor on the CPU, or the box of it that `index` says, memory-mapped."""
 
 
 @dataclass(frozen=True)
