@@ -34,6 +34,8 @@ from tessel.runtime.team import Team
 from tests.checkpoint.pieces import RULES, save
 from tests.train.tiny import CONFIG
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 TP2 = Topology.of(Degrees(tp=2), 2)
 
 
