@@ -79,7 +79,7 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
-@pytest.mark.parametrize("window", [None, 1, 30, 150, 256])
+@pytest.mark.parametrize("window", [None, 1, 30, 33, 34, 150, 256])
 @pytest.mark.parametrize(("comm_type", "inner"), WAYS)
 def test_every_visible_pair_is_computed_once(documents: str, window: int | None, comm_type: str, inner: int) -> None:
     length, segments_BW = 256, DOCUMENTS[documents]
