@@ -39,22 +39,29 @@ def whole(batch: MicroBatch, weights_BS: Tensor) -> tuple[MicroBatch, Tensor]:
 class PlainRunner:
     """One micro-batch after another through a whole model.
 
-    `reduce_each`: reduce gradients over replicas after each micro-batch, so that they are held sharded, instead
-    of once after the last. It sends as much for every micro-batch as else for the step.
+    What n replicas that share P bytes of parameters send for a step of M micro-batches, (n-1)/n P times:
+
+        once                   1 all-gather, 1 reduce-scatter (no sharing: one all-reduce, which sends as much)
+        `reduce_each`          1 all-gather, M reduce-scatters: gradients are held sharded
+        and `gather_each`      2 M all-gathers, M reduce-scatters: so are parameters
     """
 
-    def __init__(self, model: nn.Module, localize: Localize = whole, *, reduce_each: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, localize: Localize = whole, *, reduce_each: bool = True, gather_each: bool = False
+    ) -> None:
         self._model = model
         self._localize = localize
         self._reduce_each = reduce_each
+        self._gather_each = gather_each
 
     def train(self, batches: Sequence[MicroBatch], weights_BS: Sequence[Tensor], z_loss_coeff: float = 0.0) -> Tensor:
         """See `Runner`."""
         losses = []
         for number, (batch, weights) in enumerate(zip(batches, weights_BS, strict=True)):
-            if isinstance(self._model, FSDPModule) and not self._reduce_each:
+            if isinstance(self._model, FSDPModule):
                 is_last = number == len(batches) - 1
-                self._model.set_requires_gradient_sync(is_last)
+                self._model.set_requires_gradient_sync(is_last or self._reduce_each)
+                self._model.set_reshard_after_backward(is_last or self._gather_each)
                 self._model.set_is_last_backward(is_last)
             loss = self._forward(batch, weights, z_loss_coeff)
             loss.sum().backward()

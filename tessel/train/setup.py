@@ -177,8 +177,9 @@ def _runner(cfg: RunConfig, parts: Sequence[Transformer], stages: Stages, groups
         return PipelineRunner(
             list(parts), stages, groups, cfg.layout, localize, compute_dtype=compute_dtype(cfg.precision)
         )
-    reduce_each = groups is None or sharding_strategy_of(cfg.layout) in ("optim_grads", "optim_grads_params")
-    return PlainRunner(parts[0], localize, reduce_each=reduce_each)
+    strategy = sharding_strategy_of(cfg.layout)
+    reduce_each = groups is None or strategy in ("optim_grads", "optim_grads_params")
+    return PlainRunner(parts[0], localize, reduce_each=reduce_each, gather_each=strategy == "optim_grads_params")
 
 
 def _gradients(

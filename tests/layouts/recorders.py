@@ -95,6 +95,8 @@ class SentBytes(TorchDispatchMode):
         tensors = [a for a in tree_leaves(list(args)) if isinstance(a, Tensor)]
         outputs = [a for a in tree_leaves(result) if isinstance(a, Tensor)]
         whole = max((_num_bytes(t) for t in [*tensors, *outputs]), default=0)
+        if "all_to_all" in name and len(args) == 4:
+            whole, rule = _sent_to_others(args, ranks), "send"
         share = {"all_reduce": 2 * (size - 1) / size, "part": (size - 1) / size, "send": 1.0}[rule]
         self.by_group[f"{','.join(map(str, ranks))} {rule}"] += whole * share
 
@@ -104,6 +106,14 @@ _KINDS = {
     "all_reduce": "all_reduce", "allreduce": "all_reduce", "reduce_scatter": "part", "all_gather": "part",
     "allgather": "part", "all_to_all": "part", "alltoall": "part", "broadcast": "send", "send": "send",
 }  # fmt: skip
+
+
+def _sent_to_others(args: Sequence[Any], ranks: Sequence[int]) -> int:
+    """Bytes of an all-to-all's input that go to others: (input, output splits, input splits, group)."""
+    tensor, _, splits, _ = args
+    own = splits[list(ranks).index(distributed.get_rank())]
+    rows = sum(splits)
+    return _num_bytes(tensor) * (rows - own) // rows if rows else 0
 
 
 def _num_bytes(tensor: Tensor) -> int:
