@@ -47,3 +47,33 @@ def test_options_keep_the_losses(tmp_path: Path, option: str) -> None:
     tessel(on("auto", flags(data, tmp_path / "plain", 8, "--bf16")))
     tessel(on("auto", flags(data, tmp_path / "option", 8, "--bf16", option)))
     assert losses(tmp_path / "option") == pytest.approx(losses(tmp_path / "plain"), rel=1e-2)
+
+
+WIDE = "--hidden-size 256 --ffn-hidden-size 512 --seq-length 64 --deterministic-mode".split()
+PRECISE = "--use-precision-aware-optimizer"
+RECOMPUTE = "--recompute-granularity selective --recompute-modules core_attn layernorm"
+
+
+@pytest.mark.parametrize(
+    ("option", "tolerance"),
+    [
+        ("--cpu-offloading-num-layers 2", 0.0),
+        (f"--swap-attention {RECOMPUTE} mlp", 0.0),
+        (f"{RECOMPUTE} --recompute-activation-function --cpu-offloading-num-layers 1", 0.0),
+        ("--swap-optimizer", 0.0),
+        # The CPU rounds its products otherwise.
+        ("--optimizer-cpu-offload", 1e-3),
+        ("--optimizer-cpu-offload --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d", 1e-3),
+        ("--optimizer-cpu-offload --no-pin-cpu-grads --no-pin-cpu-params", 1e-3),
+        (f"{PRECISE} --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --swap-optimizer", 1e-2),
+        (f"{PRECISE} --exp-avg-dtype 8bit --exp-avg-sq-dtype 8bit", 1e-2),
+    ],
+)
+def test_what_saves_memory_keeps_the_losses(tmp_path: Path, option: str, tolerance: float) -> None:
+    data = write_data(tmp_path / "data")
+    tessel(on("auto", flags(data, tmp_path / "plain", 8, "--bf16", *WIDE)))
+    tessel(on("auto", flags(data, tmp_path / "option", 8, "--bf16", *WIDE, *option.split())))
+    found, expected = losses(tmp_path / "option"), losses(tmp_path / "plain")
+    assert found == (pytest.approx(expected, rel=tolerance) if tolerance else expected)
+    if tolerance == 0.0:
+        assert weight_bytes(tmp_path / "option") == weight_bytes(tmp_path / "plain")
