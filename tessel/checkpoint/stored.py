@@ -9,7 +9,7 @@ of parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -232,6 +232,21 @@ class Cast(Derived):
                     f"{torch.finfo(self.new_dtype).max:g}) and would become infinite. Use --params-dtype bf16 or fp32."
                 )
         return cast
+
+
+def blocks(tensor: StoredTensor, max_bytes: int) -> Iterator[Tensor]:
+    """All elements in row-major order, in blocks of at most `max_bytes`, or of one row of dim 0 if that is more."""
+    if isinstance(tensor, Reshaped):
+        yield from blocks(tensor.source, max_bytes)
+        return
+    shape = tensor.shape
+    if not shape:
+        yield tensor.read()
+        return
+    row_bytes = math.prod(shape[1:]) * tensor.dtype.itemsize
+    step = max(max_bytes // row_bytes, 1) if row_bytes else shape[0]
+    for low in range(0, shape[0], max(step, 1)):
+        yield tensor.read(index_of([(low, min(low + step, shape[0])), *((0, size) for size in shape[1:])]))
 
 
 def name_of(dtype: torch.dtype) -> str:
