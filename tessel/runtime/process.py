@@ -131,22 +131,6 @@ class Processes:
         usage = all(kind == UsageError.__name__ for *_, kind in failed.values())
         raise (UsageError if usage else TesselError)(message) from error
 
-    def largest(self, value: float) -> float:
-        """The largest `value` of all processes: what one has noticed, all know. All processes call it."""
-        if self.control is None:
-            return value
-        found = torch.tensor(value, dtype=torch.float64)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.control)
-        return found.item()
-
-    def node_group(self) -> ProcessGroup | None:
-        """A new CPU group of the ranks of this node; None for one process. All processes call it."""
-        own = None
-        for ranks in self.nodes if self.control is not None else ():
-            made = distributed.new_group(list(ranks), backend="gloo")
-            own = made if self.world.rank in ranks else own
-        return own
-
     def _wait_for(self, key: str, what: str) -> None:
         assert self._store is not None
         poll_s, started_s, told = _SHORTEST_POLL_S, time.monotonic(), False

@@ -98,3 +98,13 @@ def end(pid: int) -> None:
     """Kill a process if it is still there."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def by_rank(launcher: int) -> dict[int, int]:
+    """The processes of a launcher by rank, as their environment says."""
+    found = {}
+    for pid in children_of(launcher):
+        entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        ranks = [entry.partition("=")[2] for entry in entries if entry.startswith("RANK=")]
+        found.update({int(rank): pid for rank in ranks})
+    return found

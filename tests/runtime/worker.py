@@ -133,8 +133,7 @@ def once(argument: str) -> None:
                     place.write_text(str(world.rank))
                 assert place.read_text()
                 (folder / f"{place.name}_leader_{world.rank}_{int(leads)}").touch()
-        group = processes.node_group()
-        assert group is not None and group.size() == len(processes.nodes[world.node])
+        assert processes.nodes[world.node] == tuple(world.node_ranks)
 
 
 def lacking(argument: str) -> None:
