@@ -44,6 +44,9 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": LLAMA3}),
     ("mistral", {}),
     ("mistral", {"sliding_window": 6}),
+    ("mixtral", {}),
+    ("qwen2_moe", {}),
+    ("qwen3_moe", {}),
 ]
 
 
