@@ -13,6 +13,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _WRAPPERS = frozenset({"wrapper", "inner", "_fn", "fn", "__call__", "_call_impl", "_wrapped_call_impl", "decorate"})
 _TORCH = "/torch/"
 _COMMUNICATION = "/torch/distributed/"
+_REPORTING = "failure.py"  # at the bottom of every stack
 _BACKWARD = "/torch/autograd/"
 
 Spot = tuple[CodeType, int]
@@ -53,7 +54,8 @@ def _place(spots: list[Spot]) -> str:
 
 def _asking(spots: list[Spot]) -> Spot:
     """The innermost frame that says what the work is for: tessel's, outside this folder if there is one."""
-    tessel = [spot for spot in spots if _PACKAGE in Path(spot[0].co_filename).parents]
+    files = [(spot, Path(spot[0].co_filename)) for spot in spots]
+    tessel = [spot for spot, file in files if _PACKAGE in file.parents and file.name != _REPORTING]
     above = [spot for spot in tessel if Path(spot[0].co_filename).parent.name != "runtime"]
     theirs = [spot for spot in spots if _TORCH not in spot[0].co_filename]
     return (above or tessel or theirs or spots)[-1]
