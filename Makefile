@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-oracle test-slow test-wheel test-gpu lint format bench install clean
+.PHONY: demo test test-layouts test-oracle test-slow test-wheel test-gpu lint format bench install clean
 
 install: $(STAMP)
 
@@ -24,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+# The table goes to the terminal; ARGS='--layouts-table docs/LAYOUTS.md' writes it there, too.
+test-layouts: $(STAMP)
+	$(PYTEST) -n $(JOBS) --dist loadgroup tests/layouts -m 'layouts or not layouts' $(ARGS)
 
 test-oracle: $(STAMP)
 	$(PYTEST) -n $(JOBS) --dist worksteal -m oracle $(ARGS)

@@ -1,8 +1,8 @@
-"""The runs of one process that layouts are compared with."""
+"""The runs of one process that layouts are compared with, and the table of how far they are from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +32,38 @@ def reference(work: Path) -> Reference:
         return known[family, variant]
 
     return of
+
+
+DEVIATION = "deviation"
+BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->"
+HEAD = "| layout | processes | trains | loss | gradient norm | weights within 1e-5 |\n|---|---|---|---|---|---|\n"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the table goes, beside the terminal."""
+    parser.addoption("--layouts-table", metavar="FILE", help="write the table of layouts into this document")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The largest deviation of each layout, in the order of the list."""
+    from tests.layouts.layouts import CASES
+
+    rows = dict(_deviations(terminalreporter))
+    table = "".join(rows[case.name] for case in CASES if case.name in rows)
+    if not table:
+        return
+    terminalreporter.section("layouts against one process: largest relative deviations")
+    terminalreporter.write(HEAD + table)
+    file = config.getoption("--layouts-table")
+    if file:
+        path = Path(str(file))
+        before, _, rest = path.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        path.write_text(before + BEGIN + HEAD + table + END + after)
+
+
+def _deviations(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, str]]:
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and report.when == "call":
+                yield from (value for key, value in report.user_properties if key == DEVIATION)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -175,12 +174,3 @@ def forget(save: Path) -> None:
     """Remove a run and the records beside it."""
     shutil.rmtree(save, ignore_errors=True)
     shutil.rmtree(save.parent / f"{save.name}.ranks", ignore_errors=True)
-
-
-def figures(deviation: Deviation) -> dict[str, Any]:
-    """The deviations as a row of a table."""
-    return {
-        "loss": f"{deviation.loss:.1e}",
-        "grad norm": f"{deviation.grad_norm:.1e}",
-        "weights within 1e-5": f"{100 * deviation.weights_within:.3f} %",
-    }

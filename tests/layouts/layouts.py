@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 
 from tessel.checkpoint import huggingface
@@ -14,6 +16,8 @@ from tessel.data.indexed import IndexedDatasetWriter
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.transformer import Transformer
+
+T = TypeVar("T")
 
 TRAIN_ITERS = 10
 VOCAB_SIZE = 67  # no degree divides it
@@ -124,6 +128,27 @@ CASES: tuple[Case, ...] = (
     Case("TP2 EP4 DP4 optim_grads_params", 8, _TP2 + _SP + _EP4 + _SHARD + "optim_grads_params "
          "--expert-tensor-parallel-size 1", "qwen2-moe"),
 )  # fmt: skip
+
+
+# Those of the fast suite: each axis once. `make test-layouts` runs all.
+QUICK = frozenset(
+    {
+        "TP2", "TP2+SP", "PP2 tied, batch ramp", "PP2 VPP2", "CP2 ring", "CP2 Ulysses", "DP2 optim",
+        "DP2 optim_grads_params", "EP2", "TP2+SP EP2", "TP2 PP2",
+    }
+)  # fmt: skip
+
+
+def marked(values: Iterable[T], quick: Collection[str], key: Callable[[T], str]) -> list[Any]:
+    """Parameters of a test: those whose key is not in `quick` are left to `make test-layouts`."""
+    unknown = set(quick)
+    found = []
+    for value in values:
+        name = key(value)
+        unknown.discard(name)
+        found.append(pytest.param(value, id=name, marks=() if name in quick else pytest.mark.layouts))
+    assert not unknown, f"no such: {unknown}"
+    return found
 
 
 def arguments(case_flags: str, family: str, variant: str, work: Path) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from tessel.model.config import ModelConfig
 from tests.layouts.harness import train
-from tests.layouts.layouts import arguments, model_folder
+from tests.layouts.layouts import arguments, marked, model_folder
 
 SLACK = 1.05
 LAYERS, SEQUENCE, HIDDEN, FP32_BYTES = 4, 32, 32, 4
@@ -91,7 +91,17 @@ VOLUMES: dict[str, Callable[[Path], float]] = {
 }
 
 
-@pytest.mark.parametrize("flags", VOLUMES)
+_QUICK = frozenset(
+    {
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        _SHARD + "optim",
+        "--context-parallel-size 2",
+        "--pipeline-model-parallel-size 2",
+    }
+)
+
+
+@pytest.mark.parametrize("flags", marked(VOLUMES, _QUICK, key=str))
 def test_a_step_sends_no_more_than_the_textbook(flags: str, tmp_path: Path) -> None:
     save = tmp_path / "run"
     recorder = "tests.layouts.recorders:counting_bytes"
