@@ -26,14 +26,16 @@ class Kernels:
     """What the device's kernels keep. `fused_norm`: RMSNorm keeps its input, not fp32 copies of it.
 
     `chunk_logits_bytes` are those of the fp32 logits of one chunk of the loss (`tessel.model.loss`).
+    `sums_copy`: between processes, gradients are summed in a copy of what is sent, as Gloo does.
     """
 
     fused_norm: bool = True
     chunk_logits_bytes: int = 512 * 2**20
+    sums_copy: bool = False
 
 
 ON_DEVICE = Kernels()
-ON_CPU = Kernels(fused_norm=False, chunk_logits_bytes=64 * 2**20)
+ON_CPU = Kernels(fused_norm=False, chunk_logits_bytes=64 * 2**20, sums_copy=True)
 
 
 class Activations:

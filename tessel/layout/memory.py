@@ -145,6 +145,7 @@ class MemoryModel:
             group=max(weights.experts, weights.mixture_layer) if stage.num_mixtures else weights.dense_layer,
             head=weights.head or weights.embedding,
             shards=expert_shards if stage.num_mixtures else shards,
+            sums_copy=self.activations.kernels.sums_copy,
         )
         memory = Memory(
             parameters=WEIGHT_BYTES * held,
@@ -192,7 +193,9 @@ class MemoryModel:
         hidden = b * choice.tokens * self.config.hidden_size if stage.is_last else 0
         start = before + (head if wrapped or is_only else 0) - (acts.after_layers(choice) if stage.is_last else 0)
         last_layer = start + hidden + acts.again(choice, mixture) + inside
-        last_sum = start - acts.group(choice, mixture) + sizes.summed(b, sizes.group) if wrapped else 0
+        # A pipeline sums when all micro-batches are through.
+        is_summed_here = wrapped and choice.topology.pp == 1
+        last_sum = start - acts.group(choice, mixture) + sizes.summed(b, sizes.group) if is_summed_here else 0
 
         after = held + memory.parameters  # gradients are as large as what is held of the weights
         root = after + (sizes.summed(b, sizes.root) + b * sizes.root if wrapped else 0)
@@ -207,15 +210,16 @@ class MemoryModel:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Elements before sharding: of the root's group, the largest layer and its largest group, the head; and shards."""
+    """Elements before sharding: of the root's group, the largest layer and its largest group, and the head."""
 
     root: int
     layer: int
     group: int
     head: int
     shards: int
+    sums_copy: bool
 
     def summed(self, b: int, elements: int) -> float:
         """What the sum over replicas takes of a group, less its gathered weights."""
-        copies = 1 + 1 / self.shards + (self.shards == 1)
+        copies = 1 + 1 / self.shards + (self.shards == 1 or self.sums_copy)
         return max(WEIGHT_BYTES + b, WEIGHT_BYTES * copies) * elements - b * elements

@@ -42,7 +42,7 @@ NEEDS = (
     Need("pyyaml", "yaml", ("pretrain",), "--config FILE"),
     Need("jinja2", "jinja2", ("generate",), "chat templates"),
     Need("matplotlib", "matplotlib", ("plot", "demo"), "pictures"),
-    Need("rich", "rich", TRAINING, "progress displays"),
+    Need("rich", "rich", (*TRAINING, "plan"), "progress displays and tables"),
     Need("tensorboard", "tensorboard", ("pretrain",), "--tensorboard-dir", "tensorboard"),
     Need("wandb", "wandb", ("pretrain",), "--wandb-project", "wandb"),
     Need("swanlab", "swanlab", ("pretrain",), "--swanlab-project", "swanlab"),

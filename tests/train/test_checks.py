@@ -113,6 +113,34 @@ def test_a_v_shape_refuses_tied_weights() -> None:
         check_layout(flags, replace(MODEL, tie_word_embeddings=True), 2)
 
 
+MIXTURE = replace(
+    MODEL, family="qwen3_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=10, num_key_value_heads=4
+)
+BROKEN_MIXTURE = {
+    (f"{EP}=4", 4): "--expert-model-parallel-size 4 does not divide the 6 experts of the model: use 1 or 2.",
+    (f"{TP}=2", 2): "A mixture of experts on --tensor-model-parallel-size 2 needs --sequence-parallel, so that",
+    (f"{TP}=4 sequence_parallel", 4): "--expert-tensor-parallel-size 4 does not divide the 10 features inside each exp",
+    (f"{ETP}=4", 4): "--expert-tensor-parallel-size 4 does not divide the 10 features inside each",
+    (f"{EP}=2 {ETP}=2", 2): "--expert-model-parallel-size 2 x --expert-tensor-parallel-size 2 does not divide the 2 pr",
+    (f"{EP}=4 use_distributed_optimizer num_distributed_optimizer_instances=2 global_batch_size=16", 8): "the 6 experts",
+    (f"{EP}=2 {ETP}=2 use_distributed_optimizer num_distributed_optimizer_instances=4", 4): "4 data-parallel replicas "
+    "and 1 replicas of each expert: use 1.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "world_size"), BROKEN_MIXTURE)
+def test_what_a_mixture_refuses(changes: str, world_size: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_layout(config(changes), MIXTURE, world_size)
+    assert BROKEN_MIXTURE[changes, world_size] in str(caught.value)
+
+
+def test_what_a_mixture_takes() -> None:
+    assert check_layout(config(f"{EP}=2 {ETP}=2"), MIXTURE, 4).describe() == "DP4 EP2 ETP2 on 4 processes"
+    both = config(f"{TP}=2 sequence_parallel {EP}=2 {ETP}=1")
+    assert check_layout(both, MIXTURE, 4).etp == 1
+
+
 def test_a_vocabulary_is_padded_but_leaves_no_process_without_rows() -> None:
     check_layout(config(f"{TP}=4"), replace(MODEL, vocab_size=7, num_key_value_heads=4), 4)
     with pytest.raises(UsageError, match="5 rows leaves the last of --tensor-model-parallel-size 6 processes without"):
