@@ -122,7 +122,7 @@ BROKEN_MIXTURE = {
     (f"{TP}=4 sequence_parallel", 4): "--expert-tensor-parallel-size 4 does not divide the 10 features inside each exp",
     (f"{ETP}=4", 4): "--expert-tensor-parallel-size 4 does not divide the 10 features inside each",
     (f"{EP}=2 {ETP}=2", 2): "--expert-model-parallel-size 2 x --expert-tensor-parallel-size 2 does not divide the 2 pr",
-    (f"{EP}=4 use_distributed_optimizer num_distributed_optimizer_instances=2 global_batch_size=16", 8): "the 6 experts",
+    (f"{EP}=4 use_distributed_optimizer num_distributed_optimizer_instances=2 global_batch_size=16", 8): "the 6",
     (f"{EP}=2 {ETP}=2 use_distributed_optimizer num_distributed_optimizer_instances=4", 4): "4 data-parallel replicas "
     "and 1 replicas of each expert: use 1.",
 }  # fmt: skip
