@@ -27,7 +27,7 @@ test: $(STAMP)
 
 # The table goes to the terminal; ARGS='--layouts-table docs/LAYOUTS.md' writes it there, too.
 test-layouts: $(STAMP)
-	$(PYTEST) -n $(JOBS) --dist loadgroup tests/layouts -m 'layouts or not layouts' $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal tests/layouts -m 'layouts or not layouts' $(ARGS)
 
 test-oracle: $(STAMP)
 	$(PYTEST) -n $(JOBS) --dist worksteal -m oracle $(ARGS)

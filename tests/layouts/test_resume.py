@@ -57,8 +57,9 @@ def pairs(layouts: dict[str, tuple[int, str]], *quick: str) -> list[Any]:
     return marked(itertools.product(layouts, layouts), quick, key=" to ".join)
 
 
-@pytest.mark.parametrize(("source", "target"), pairs(LAYOUTS, "TP2 PP2 to DP4 sharded", "DP4 sharded to one process"))
-def test_a_run_goes_on_elsewhere(source: str, target: str, work: Path, reference: Reference) -> None:
+@pytest.mark.parametrize("pair", pairs(LAYOUTS, "TP2 PP2 to DP4 sharded", "DP4 sharded to one process"))
+def test_a_run_goes_on_elsewhere(pair: tuple[str, str], work: Path, reference: Reference) -> None:
+    source, target = pair
     expected = reference(FAMILY, VARIANT)
     save = go_on(source, target, LAYOUTS, FAMILY, VARIANT, work)
     outcome = read(save, LAYOUTS[target][0])
@@ -69,8 +70,9 @@ def test_a_run_goes_on_elsewhere(source: str, target: str, work: Path, reference
     assert outcome.evaluations == pytest.approx(expected.evaluations, rel=1e-5)
 
 
-@pytest.mark.parametrize(("source", "target"), pairs(MOE_LAYOUTS, "EP2 to TP2 EP2 PP2"))
-def test_a_mixture_goes_on_elsewhere(source: str, target: str, work: Path, reference: Reference) -> None:
+@pytest.mark.parametrize("pair", pairs(MOE_LAYOUTS, "EP2 to TP2 EP2 PP2"))
+def test_a_mixture_goes_on_elsewhere(pair: tuple[str, str], work: Path, reference: Reference) -> None:
+    source, target = pair
     expected = reference(MOE_FAMILY, MOE_VARIANT)
     save = go_on(source, target, MOE_LAYOUTS, MOE_FAMILY, MOE_VARIANT, work)
     outcome = read(save, MOE_LAYOUTS[target][0])
