@@ -43,7 +43,10 @@ def gate_up_rows(start: int, stop: int) -> list[Rows]:
 
 
 class Span(NamedTuple):
-    """The box of a parameter from `start` on, of `size`, lies in the fused tensor from `at` on."""
+    """The box of a parameter from `start` on, of `size`, lies in the fused tensor from `at` on.
+
+    The fused tensor may lack leading dims of the parameter, in which the box is of size 1.
+    """
 
     parameter: str
     start: tuple[int, ...]
@@ -59,35 +62,43 @@ class Fused:
     spans: tuple[Span, ...]
 
 
-def alone(parameter: str, start: tuple[int, ...], size: tuple[int, ...]) -> Fused:
-    """A tensor that is one box of one parameter."""
-    return Fused(size, (Span(parameter, start, size, (0,) * len(size)),))
+def alone(parameter: str, start: tuple[int, ...], size: tuple[int, ...], drop: int = 0) -> Fused:
+    """A tensor that is one box of one parameter, without its first `drop` dims."""
+    return Fused(size[drop:], (Span(parameter, start, size, (0,) * (len(size) - drop)),))
 
 
 def fuse(
-    parameters: Sequence[str], rows: Sequence[Rows], start: tuple[int, ...], size: tuple[int, ...], dim: int = 0
+    parameters: Sequence[str],
+    rows: Sequence[Rows],
+    start: tuple[int, ...],
+    size: tuple[int, ...],
+    dim: int = 0,
+    drop: int = 0,
 ) -> Fused:
-    """Boxes of parameters one after the other along `dim`, by `rows`; `start` and `size` say the other dims."""
+    """Boxes of parameters one after the other along `dim`, by `rows`; `start` and `size` say the other dims.
+
+    The first `drop` dims, of size 1, are left out of the fused tensor.
+    """
     spans, at = [], 0
     for row in rows:
         length = row.stop - row.start
-        spans.append(
-            Span(parameters[row.part], _put(start, dim, row.start), _put(size, dim, length), _put(len(size), dim, at))
-        )
+        place = _put((0,) * len(size), dim, at)[drop:]
+        spans.append(Span(parameters[row.part], _put(start, dim, row.start), _put(size, dim, length), place))
         at += length
-    return Fused(_put(size, dim, at), tuple(spans))
+    return Fused(_put(size, dim, at)[drop:], tuple(spans))
 
 
-def _put(numbers: tuple[int, ...] | int, dim: int, number: int) -> tuple[int, ...]:
-    """`numbers`, or so many zeros, with `number` at `dim`."""
-    values = [0] * numbers if isinstance(numbers, int) else list(numbers)
-    values[dim] = number
-    return tuple(values)
+def _put(numbers: tuple[int, ...], dim: int, number: int) -> tuple[int, ...]:
+    return (*numbers[:dim], number, *numbers[dim + 1 :])
 
 
 def assembled(key: str, fused: Fused, parameters: Mapping[str, StoredTensor], dtype: torch.dtype) -> Assembled:
     """The fused tensor, put together from whole parameters."""
-    pieces = tuple(Piece(span.at, span.size, parameters[span.parameter], span.start) for span in fused.spans)
+    dims = len(fused.shape)
+    pieces = tuple(
+        Piece(span.at, span.size[len(span.size) - dims :], parameters[span.parameter], span.start)
+        for span in fused.spans
+    )
     return Assembled(key, dtype, fused.shape, pieces)
 
 
@@ -101,14 +112,10 @@ def pieces(
     """
     found = []
     for span in fused.spans:
-        shape = shapes[span.parameter]
-        size = tuple(
-            min(begin + length, whole) - begin
-            for begin, length, whole in zip(span.start, span.size, shape, strict=True)
-        )
+        ends = zip(span.start, span.size, shapes[span.parameter], strict=True)
+        size = tuple(min(begin + length, whole) - begin for begin, length, whole in ends)
         if min(size, default=1) > 0:
-            at = span.at[len(span.at) - (len(source.shape) - len(lead)) :]
-            found.append((span.parameter, Piece(span.start, size, source, (*lead, *at))))
+            found.append((span.parameter, Piece(span.start, size, source, (*lead, *span.at))))
     return found
 
 
