@@ -26,8 +26,7 @@ from tessel.report.facts import count_text
 from tessel.report.plan_file import yaml_of
 
 GIB = 2**30
-# Under this width the parts of the memory are left out.
-_TABLE_WIDTH = 165
+# Left out where the terminal is too narrow.
 _PARTS = {
     "weights": "parameters",
     "grads": "gradients",
@@ -160,10 +159,10 @@ def _print_table(rows: tuple[Found, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH, highlight=False)
     columns = _columns(rows)
-    if console.width < _TABLE_WIDTH:
+    if sys.stdout.isatty() and Console().width < _width(columns):
         columns = {name: cells for name, cells in columns.items() if name not in _PARTS}
+    console = Console(width=_width(columns), highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(name.strip(), justify="left" if name in ("sharding", "recompute") else "right", no_wrap=True)
@@ -197,6 +196,11 @@ def _columns(rows: tuple[Found, ...]) -> dict[str, list[str]]:
     return columns
 
 
+def _width(columns: dict[str, list[str]]) -> int:
+    """Characters of a line of the table."""
+    return sum(max(len(cell) for cell in (name, *cells)) + 2 for name, cells in columns.items()) + 2
+
+
 def _tokens_per_s(found: Found) -> float:
     """Of one device."""
     choice = found.choice
@@ -214,10 +218,16 @@ def _tail(cfg: PlanConfig, config: ModelConfig, model: MemoryModel, findings: Fi
     yield f"activations of the best by recomputation, GiB: {', '.join(parts)}"
     if len(findings.fitting) > cfg.top:
         yield f"{len(findings.fitting) - cfg.top} more fit; --top {len(findings.fitting)} lists them"
-    start = f"tessel pretrain --config {cfg.output or 'plan.yaml'} --data-path ... --lr ... --train-iters ..."
-    given = "" if cfg.output else "--output plan.yaml writes the best; "
+    if cfg.output is None:
+        yield "--output plan.yaml writes the best, for tessel pretrain --config"
+        return
     number = best.choice.topology.world_size
-    yield f"{given}start it with torchrun, or on one machine: {start} --nproc-per-node {number}"
+    per_node, rest = divmod(number, cfg.devices_per_node)
+    start = f"pretrain --config {cfg.output} --data-path ... --lr ... --train-iters ..."
+    if per_node <= 1 and not (per_node and rest):
+        yield f"start it: tessel {start} --nproc-per-node {number}"
+    else:
+        yield f"start it on each machine: torchrun --nproc-per-node {cfg.devices_per_node} ... -m tessel {start}"
 
 
 def _nothing_fits(
