@@ -81,6 +81,12 @@ def advice(cfg: RunConfig, given: Collection[str]) -> list[str]:
     if cfg.schedule.lr_decay_style != "WSD":
         wsd = ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
         idle += [(name, "--lr-decay-style WSD") for name in wsd]
+    if cfg.experts.moe_router_load_balancing_type in ("none", "softmax_topk"):
+        idle += [("moe_aux_loss_coeff", "--moe-router-load-balancing-type aux_loss")]
+    if cfg.experts.moe_expert_capacity_factor is None:
+        idle += [("moe_token_drop_policy", "--moe-expert-capacity-factor")]
+    if not cfg.experts.moe_router_enable_expert_bias:
+        idle += [("moe_router_bias_update_rate", "--moe-router-enable-expert-bias")]
     if cfg.logging.tensorboard_dir is None:
         idle += [("log_timers_to_tensorboard", "--tensorboard-dir"), ("log_memory_to_tensorboard", "--tensorboard-dir")]
     lines = [f"--{name.replace('_', '-')} does nothing without {needed}" for name, needed in idle if name in given]

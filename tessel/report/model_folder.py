@@ -129,8 +129,26 @@ def _shape_values(config: ModelConfig | None, raw: Mapping[str, Any]) -> dict[st
     if values["head_dim"] is None and values["hidden_size"] and values["attention_heads"]:
         values["head_dim"] = values["hidden_size"] // values["attention_heads"]
     values["rope_scaling"] = dict(config.rope_scaling) if config is not None and config.rope_scaling else None
+    values |= _expert_values(config)
     values["declared_dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     return values
+
+
+def _expert_values(config: ModelConfig | None) -> dict[str, Any]:
+    """Of a mixture of experts: how many there are, and the parameters that a token goes through."""
+    if config is None or not config.num_experts:
+        return {"experts": None}
+    table = parameters(config)
+    idle = sum(math.prod(rule.shape) for rule in table.values() if rule.is_expert)
+    unused = idle * (config.num_experts - config.num_experts_per_tok) // config.num_experts
+    return {
+        "experts": config.num_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "expert_intermediate_size": config.moe_intermediate_size,
+        "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+        "layers_without_experts": list(config.dense_layers),
+        "active_parameters": sum(math.prod(rule.shape) for rule in table.values()) - unused,
+    }
 
 
 def _weight_values(tensors: list[TensorFact] | None, config: ModelConfig | None) -> dict[str, Any]:
@@ -185,6 +203,8 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     if data["layers"] is None:  # another family's names, such as n_layer
         return [*facts, ("tokenizer", _tokenizer_text(data)), ("on disk", bytes_text(data["bytes"]))]
     facts.append(("layers", f"{data['layers']}, hidden size {data['hidden_size']}, MLP {data['intermediate_size']}"))
+    if data["experts"]:
+        facts.append(("experts", _expert_text(data)))
     heads = f"{data['attention_heads']} heads of {data['head_dim']}, {data['key_value_heads']} for keys and values"
     facts.append(("attention", heads + (f", window {data['sliding_window']}" if data["sliding_window"] else "")))
     scaling = f", scaling {json.dumps(data['rope_scaling'])}" if data["rope_scaling"] else ""
@@ -198,6 +218,15 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
             more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
             facts.append((label, ", ".join(names[:_MAX_NAMED]) + more))
     return facts
+
+
+def _expert_text(data: Mapping[str, Any]) -> str:
+    text = f"{data['experts_per_token']} of {data['experts']} for each token, MLP {data['expert_intermediate_size']}"
+    if data["shared_expert_intermediate_size"]:
+        text += f", and a shared one of {data['shared_expert_intermediate_size']}"
+    if data["layers_without_experts"]:
+        text += f"; none in layers {', '.join(map(str, data['layers_without_experts']))}"
+    return f"{text}; {count_text(data['active_parameters'])} parameters active"
 
 
 def _tokenizer_text(data: Mapping[str, Any]) -> str:

@@ -206,6 +206,12 @@ def advised(changes: str) -> list[str]:
 
 def test_flags_that_do_nothing_beside_the_others_are_told():
     assert advised("save=out save_interval=5 keep_last_k=2") == []
+    assert advised(
+        "save=out moe_router_load_balancing_type=none moe_aux_loss_coeff=0.1 moe_token_drop_policy=probs"
+    ) == [
+        "--moe-aux-loss-coeff does nothing without --moe-router-load-balancing-type aux_loss",
+        "--moe-token-drop-policy does nothing without --moe-expert-capacity-factor",
+    ]
     lines = advised("save_interval=5 manual_gc_interval=10 lr_wsd_decay_iters=5 log_memory_to_tensorboard")
     assert lines == [
         "--save-interval does nothing without --save",

@@ -119,6 +119,21 @@ def test_model(run: Inspect, tiny_hf_folder: Callable[..., Path], family: str, t
     assert "model.layers.1.mlp.down_proj.weight  [32, 56]  F32\n" in run(folder, "--tensors")
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_mixture_of_experts(run: Inspect, tiny_hf_folder: Callable[..., Path], family: str) -> None:
+    folder = tiny_hf_folder(family)
+    values = as_json(run(folder, "--json"))
+    assert values["missing_tensors"] == values["surplus_tensors"] == []
+    width, layers, experts = (56, 2, 4) if family == "mixtral" else (24, 2, 5)
+    layers -= len(values["layers_without_experts"])
+    assert (values["experts"], values["experts_per_token"], values["expert_intermediate_size"]) == (experts, 2, width)
+    assert values["parameters"] - values["active_parameters"] == layers * (experts - 2) * 3 * 32 * width
+    text = run(folder)
+    assert f"2 of {experts} for each token, MLP {width}" in text
+    assert (", and a shared one of 40; none in layers 0" in text) == (family == "qwen2_moe")
+    assert f"{values['active_parameters']:,} parameters active" in text
+
+
 def test_model_with_tokenizer(run: Inspect, tiny_hf_folder: Callable[..., Path], tiny_tokenizer_folder: Path) -> None:
     folder = tiny_hf_folder("qwen2", tokenizer=tiny_tokenizer_folder)
     assert "307 entries, end of document 305, without chat template" in run(folder)
