@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tessel.checkpoint import companion
 from tessel.checkpoint.experts import as_stored, in_memory
+from tessel.checkpoint.fill import fill_model
 from tessel.checkpoint.metadata import read_side_files, write_metadata
 from tessel.checkpoint.safetensors import write_file
-from tessel.checkpoint.tiles import local_of, part_of, whole_tile
-from tessel.checkpoint.weights import (
-    SAFETENSORS_FILE,
-    SAFETENSORS_INDEX,
-    StoredTensor,
-    named,
-    read_tensors,
-)
+from tessel.checkpoint.stored import StoredModel, StoredTensor
+from tessel.checkpoint.tiles import whole_tile
+from tessel.checkpoint.weights import SAFETENSORS_FILE, SAFETENSORS_INDEX, named, read_tensors
 from tessel.errors import TesselError
+from tessel.layout.sharding import parameters
 from tessel.layout.tiles import Tile
 from tessel.model.config import ModelConfig
-from tessel.runtime.files import atomic_folder
-from tessel.runtime.log import progress
-from tessel.runtime.watchdog import unlimited
+from tessel.runtime.files import atomic_folder, require_path
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -69,50 +65,47 @@ def load_into(
         TesselError: no weights, damaged files, tensors missing, surplus or of another shape: all of
             them are named. The model is untouched then.
     """
-    folder = Path(folder)
-    parameters = dict(model.named_parameters())
+    own_names = dict(model.named_parameters())
     if tiles is None:
-        tiles = {name: whole_tile(tuple(parameter.shape)) for name, parameter in parameters.items()}
-    stored = _matching(folder, tiles, parameters.keys())
-    with (
-        unlimited("reading weights"),
-        progress("reading weights", sum(parameter.numel() for parameter in parameters.values())) as bar,
-        torch.no_grad(),
-    ):
-        for name, parameter in parameters.items():
-            if parameter.is_meta:
-                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                _fill(value, tiles[name], stored[name])
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(value, parameter.requires_grad))
-            else:
-                _fill(parameter, tiles[name], stored[name])
-            bar.advance(parameter.numel())
+        tiles = {name: whole_tile(tuple(parameter.shape)) for name, parameter in own_names.items()}
+    own = tiles[EMBEDDING].index() if EMBEDDING in own_names else None
+    stored = matching(Path(folder), {name: tile.shape for name, tile in tiles.items()}, own)
+    fill_model(model, stored, device, tiles)
 
 
-def _fill(tensor: Tensor, tile: Tile, stored: StoredTensor) -> None:
-    """Read what `tensor` holds of the parameter; the rest of it is padding."""
-    part, local = part_of(tensor, tile), local_of(tensor)
-    if part.values.shape != local.shape:
-        local.zero_()
-    if part.values.numel():
-        part.values.copy_(stored.read(part.index()))
+def open_folder(folder: str | Path) -> StoredModel:
+    """The model in a Hugging Face folder, none of its weights read.
+
+    Raises:
+        TesselError: no weights, damaged files, or weights that are not those of config.json.
+    """
+    folder = require_path(folder, "Hugging Face folder")
+    config = ModelConfig.from_folder(folder)
+    shapes = {name: rule.shape for name, rule in parameters(config).items()}
+    stored = matching(folder, shapes, tuple(slice(0, size) for size in shapes[EMBEDDING]))
+    tensors = {name: stored[name] for name in shapes}
+    return StoredModel("hf", folder, config, tensors, side_files=companion.of_folder(folder))
 
 
-def _matching(folder: Path, tiles: Mapping[str, Tile], own: Collection[str]) -> dict[str, StoredTensor]:
-    """The stored tensor of every parameter, after all that could be wrong was looked for."""
+def matching(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], own: tuple[slice, ...] | None
+) -> dict[str, StoredTensor]:
+    """The stored tensor of every parameter in `shapes`, after all that could be wrong was looked for.
+
+    `own`: the part of the embedding that this process reads and compares with a copy of it under the head's name.
+    """
     files = {name: info for name, info in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
     stored = in_memory(files)
-    if HEAD not in tiles and HEAD in stored:
-        _drop_tied_head(folder, stored, tiles[EMBEDDING].index() if EMBEDDING in own else None)
-    missing = [name for name in tiles if name not in stored]
+    if HEAD not in shapes and HEAD in stored:
+        _drop_tied_head(folder, stored, own)
+    missing = [name for name in shapes if name not in stored]
     if missing == [HEAD]:
         raise TesselError(
             f"{folder} has no {HEAD}, and its config.json says tie_word_embeddings: false. If the model's output "
             'layer is its embedding, write "tie_word_embeddings": true there; else take a complete copy of the weights.'
         )
-    surplus = [name for name in stored if name not in tiles]
-    both = [(name, tile.shape, stored[name]) for name, tile in tiles.items() if name in stored]
+    surplus = [name for name in stored if name not in shapes]
+    both = [(name, shape, stored[name]) for name, shape in shapes.items() if name in stored]
     misshapen = [f"{name} is {info.shape} and should be {shape}" for name, shape, info in both if info.shape != shape]
     unreadable = [
         f"{name} is {str(info.dtype).removeprefix('torch.')}" for name, _, info in both if info.dtype not in _READABLE

@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from tessel.checkpoint.stored import StoredTensor, blocks
 from tessel.errors import TesselError
 
 DTYPES = {
@@ -44,6 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 # Converting and copying to the host goes piece by piece, so that a huge embedding takes no second copy of itself.
 _WRITE_CHUNK_ELEMENTS = 16 * 2**20
+_WRITE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,37 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         TesselError: it is not a whole safetensors file; says what it is where that can be seen.
     """
+    raw = _raw_header(path)
+    size = path.stat().st_size
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    data_begin = 8 + len(raw)
+    infos = {name: _info(path, name, entry, data_begin) for name, entry in header.items() if name != "__metadata__"}
+    end = max((info.begin + info.num_bytes for info in infos.values()), default=data_begin)
+    if end > size:
+        raise TesselError(
+            f"{path} is truncated: it has {size:,} bytes of the {end:,} that its header promises. Download it again."
+        )
+    return infos
+
+
+def header_text(path: Path) -> str:
+    """The header as it stands in the file, padding included.
+
+    Raises:
+        TesselError: it is not a safetensors file.
+    """
+    try:
+        return _raw_header(path).decode()
+    except UnicodeDecodeError as error:
+        raise _damaged(path, f"its header is not UTF-8 ({error})") from error
+
+
+def _raw_header(path: Path) -> bytes:
     size = path.stat().st_size
     with open(path, "rb") as file:
         refuse_impostor(path, file)
@@ -101,21 +134,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _damaged(path, f"its first 8 bytes give a header of {header_bytes:,} bytes")
         if header_bytes > size - 8:
             raise _damaged(path, f"its header should have {header_bytes:,} bytes and the file ends after {size:,}")
-        raw = file.read(header_bytes)
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a JSON object")
-    data_begin = 8 + header_bytes
-    infos = {name: _info(path, name, entry, data_begin) for name, entry in header.items() if name != "__metadata__"}
-    end = max((info.begin + info.num_bytes for info in infos.values()), default=data_begin)
-    if end > size:
-        raise TesselError(
-            f"{path} is truncated: it has {size:,} bytes of the {end:,} that its header promises. Download it again."
-        )
-    return infos
+        return file.read(header_bytes)
 
 
 def _info(path: Path, name: str, entry: Any, data_begin: int) -> TensorInfo:
@@ -159,26 +178,44 @@ def refuse_impostor(path: Path, file: IO[bytes]) -> None:
         )
 
 
+def write_stored(path: Path, header: str, tensors: Iterable[StoredTensor]) -> None:
+    """Write a file with this header, which says where each of `tensors` lies, in the order of their data.
+
+    Memory: a block of `_WRITE_BYTES`. The file is not synced to disk here.
+    """
+    text = header.encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            for block in blocks(tensor, _WRITE_BYTES):
+                if block.numel():
+                    file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def new_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> str:
+    """The header of a file that holds tensors of these dtypes and shapes, one after the other."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return text + " " * (-len(text.encode()) % 8)  # the data begins at a multiple of 8
+
+
 def write_file(path: Path, tensors: Sequence[tuple[str, Tensor]], dtype: torch.dtype) -> int:
     """Write tensors as `dtype` in one file, converting and copying to the host piece by piece.
 
     Returns the bytes of the tensors' data. The file is not synced to disk here.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors:
-        num_bytes = tensor.numel() * dtype.itemsize
-        offsets = [offset, offset + num_bytes]
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        offset += num_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    header = new_header({name: (dtype, tuple(tensor.shape)) for name, tensor in tensors}, {"format": "pt"}).encode()
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(struct.pack("<Q", len(header)) + header)
         for _, tensor in tensors:
             for chunk in _chunks(tensor, dtype):
                 file.write(chunk)
-    return offset
+    return sum(tensor.numel() for _, tensor in tensors) * dtype.itemsize
 
 
 def _chunks(tensor: Tensor, dtype: torch.dtype) -> Iterable[memoryview]:

@@ -131,6 +131,15 @@ def _read_shards(index: Path, read: Callable[[Path], Any]) -> dict[str, StoredTe
     return tensors
 
 
+def shard_files(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        TesselError: it is damaged, or names files outside its folder.
+    """
+    return sorted(set(_weight_map(index).values()))
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     with open(index, "rb") as file:
         refuse_impostor(index, file)

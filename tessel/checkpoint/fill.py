@@ -1,0 +1,51 @@
+"""From stored tensors into a model's parameters, or an optimizer's state: each process reads what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tessel.checkpoint.stored import StoredTensor
+from tessel.checkpoint.tiles import local_of, part_of, whole_tile
+from tessel.layout.tiles import Tile
+from tessel.runtime.log import progress
+from tessel.runtime.watchdog import unlimited
+
+
+def fill_model(
+    model: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    device: torch.device | str = "cpu",
+    tiles: Mapping[str, Tile] | None = None,
+) -> None:
+    """Give every parameter of `model` the value that is stored under its name, converted to its own dtype.
+
+    Those on the meta device are made on `device`. `tiles`: see `huggingface.load_into`.
+    """
+    parameters = dict(model.named_parameters())
+    with (
+        unlimited("reading weights"),
+        progress("reading weights", sum(parameter.numel() for parameter in parameters.values())) as bar,
+        torch.no_grad(),
+    ):
+        for name, parameter in parameters.items():
+            tile = whole_tile(stored[name].shape) if tiles is None else tiles[name]
+            if parameter.is_meta:
+                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                fill(value, tile, stored[name])
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(value, parameter.requires_grad))
+            else:
+                fill(parameter, tile, stored[name])
+            bar.advance(parameter.numel())
+
+
+def fill(tensor: Tensor, tile: Tile, stored: StoredTensor) -> None:
+    """Read what `tensor` holds of the parameter; the rest of it is padding, and zero."""
+    part, local = part_of(tensor, tile), local_of(tensor)
+    if part.values.shape != local.shape:
+        local.zero_()
+    if part.values.numel():
+        part.values.copy_(stored.read(part.index()))
