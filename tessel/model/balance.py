@@ -148,7 +148,7 @@ class Balance:
 
         The largest load is that of the busiest expert of a layer over the layer's mean, averaged over layers.
         """
-        rows_LR = sums_LR[self.layers].double().cpu() if sums_LR.device.type == "cpu" else sums_LR[self.layers].cpu()
+        rows_LR = sums_LR[self.layers].cpu().double()
         means = rows_LR[:, :_NUM_LOSSES].mean(dim=0) / num_micro_batches
         counts_LX = rows_LR[:, _NUM_LOSSES:]
         load = (counts_LX.amax(dim=1) / counts_LX.mean(dim=1).clamp(min=1e-9)).mean()

@@ -120,17 +120,17 @@ def _value(node: ast.expr) -> Any:
         return _value(node.left) + _value(node.right)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         left, right = _value(node.left), _value(node.right)
-        if max(len(x) if isinstance(x, list) else 1 for x in (left, right)) * _times(left, right) > _MAX_LAYERS:
+        if _extent(left) * _extent(right) > _MAX_LAYERS:
             raise ValueError("too long")
         return left * right
     raise ValueError("not a list of numbers")
 
 
-def _times(left: Any, right: Any) -> int:
-    return max((x for x in (left, right) if isinstance(x, int)), default=1)
+def _extent(value: int | list[int]) -> int:
+    return len(value) if isinstance(value, list) else abs(value)
 
 
-def flags_of_experts(config: Mixture, num_layers: int) -> dict[str, Any]:
+def flags_of_experts(config: Mixture) -> dict[str, Any]:
     """What the shape flags about experts would have to say to describe the model, but for `--moe-layer-freq`."""
     if not config.num_experts:
         return {"num_experts": None}

@@ -51,7 +51,7 @@ class Router(nn.Module):
         logits_TX = logits_BSX.flatten(0, 1)
         weights_TK, experts_TK = self._choose(logits_TX)
         num_experts = logits_TX.shape[1]
-        # In the order of choice, before any is dropped: the micro-batch's loss counts these.
+        # The micro-batch's loss counts choices before any is dropped, the sequence's after, as in Megatron.
         chosen_TX = torch.zeros_like(logits_TX, dtype=torch.bool).scatter(1, experts_TK, True)
         counted_TX = chosen_TX
         if options.capacity_factor is not None:

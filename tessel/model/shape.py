@@ -190,5 +190,5 @@ def flags_of(config: ShapedModel) -> dict[str, Any]:
         "add_qkv_bias": config.attention_bias,
         "qk_layernorm": config.qk_norm,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        **flags_of_experts(config, config.num_hidden_layers),
+        **flags_of_experts(config),
     }

@@ -97,10 +97,12 @@ class ExpertExchange:
     def __call__(self, rows_NE: Tensor, counts_X: Tensor, compute: Compute) -> Tensor:
         """Rows sorted by expert, as many of each as `counts_X` says -> the experts' outputs in the same order."""
         counts_PRX = self._counts(counts_X)
-        sent = counts_X.view(self.num_ranks, -1).sum(dim=1).tolist()
         own = self.etp.rank() if self.etp is not None else 0
-        received = counts_PRX[own].sum(dim=1).tolist()
-        of_parts = counts_PRX.sum(dim=(1, 2)).tolist()
+        rows = (counts_X.view(self.num_ranks, -1).sum(1), counts_PRX[own].sum(1), counts_PRX.sum((1, 2)))
+        # Lengths are the host's to know: it waits for the device here, once.
+        numbers = torch.cat(rows).tolist()
+        sent, received = numbers[: self.num_ranks], numbers[self.num_ranks : 2 * self.num_ranks]
+        of_parts = numbers[2 * self.num_ranks :]
 
         rows_NE = all_to_all(rows_NE, self.ep, received, sent)
         rows_NE = self._to_parts(rows_NE, of_parts)
