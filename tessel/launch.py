@@ -46,6 +46,8 @@ def launch(arguments: Sequence[str], options: Launch) -> int:
     Raises:
         TesselError: the machines of the run did not meet.
     """
+    # Below that, torch's C++ prints the stack of each connection that a dead process has left. Read when it loads.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from tessel.runtime.agent import Nodes, loopback_interface, run
 
     assert options.nproc_per_node is not None

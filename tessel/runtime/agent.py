@@ -65,6 +65,9 @@ def run(arguments: Sequence[str], nodes: Nodes, environment: Mapping[str, str]) 
     Raises:
         TesselError: the machines did not meet.
     """
+    if nodes.most > 1 and not nodes.is_static:
+        # Each start then has a store of its own, in rank 0; the agent's would keep the keys of the start before.
+        environment = {**environment, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with tempfile.TemporaryDirectory(prefix="tessel_") as folder, _surroundings(environment):
         agent = _Agent(_spec(arguments, nodes), DefaultLogsSpecs(log_dir=folder), folder=Path(folder))
         with agent.signals_passed_on():
@@ -177,7 +180,7 @@ class _Agent(LocalElasticAgent):
         if world_size == len(group.workers) or group.master_addr is None or group.master_port is None:
             return
         rank, first = self._first_of(result)
-        prefix = store_prefix(group.spec.max_restarts - self._remaining_restarts, world_size)
+        prefix = store_prefix(0, world_size)  # runs of several nodes that restart have a new store each time
         text = f"rank {rank} on {node_name(group.group_rank or 0)} ended with status {first.exitcode}"
         tell_nodes(group.master_addr, group.master_port, prefix, text)
         if group.group_rank == 0 and not self._remaining_restarts:

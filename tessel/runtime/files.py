@@ -80,15 +80,20 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield temporary
-            temporary.chmod(_default_mode(0o777))
-            for entry in sorted(temporary.rglob("*"), reverse=True):
-                _fsync(entry)
-            _fsync(temporary)
-            _put_in_place(temporary, path)
+            publish_folder(temporary, path)
         finally:
             if temporary.exists():
                 shutil.rmtree(temporary)
-        _fsync(path.parent)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Sync the files of `temporary`, which lies beside `path`, and make it `path`; a folder there is replaced."""
+    temporary.chmod(_default_mode(0o777))
+    for entry in sorted(temporary.rglob("*"), reverse=True):
+        _fsync(entry)
+    _fsync(temporary)
+    _put_in_place(temporary, path)
+    _fsync(path.parent)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -214,7 +214,7 @@ class NodeNews:
         self._store.compare_set(self._KEY, "", text)  # the first to know says it
 
     def hear(self) -> str | None:
-        """Why a node has failed, if one has; that the first node's launcher is gone, if it is."""
+        """Why a node has failed, if one has; that the first node is gone, if its store is."""
         try:
             return self._store.get(self._KEY).decode() if self._store.check([self._KEY]) else None
         except RuntimeError as error:
@@ -224,7 +224,7 @@ class NodeNews:
             socket.create_connection(address, _CONNECT_TIMEOUT_S).close()
             self._store = self._connect()
         except ConnectionRefusedError:
-            return "the launcher of node 0 has ended"
+            return "node 0 has left the run"
         except (OSError, RuntimeError):  # out of reach: the network may come back
             pass
         return None
@@ -237,13 +237,18 @@ def store_prefix(num_restarts: int | str, world_size: int) -> str:
 
 def _store(world: World, timeout: timedelta) -> Store:
     found, _, _ = next(distributed.rendezvous("env://", world.rank, world.world_size, timeout=timeout))
-    return PrefixStore(store_prefix(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), world.world_size), found)
+    # A store of rank 0's own is new at each start. Launchers count their restarts each for itself.
+    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    num_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_launchers else "0"
+    return PrefixStore(store_prefix(num_restarts, world.world_size), found)
 
 
 def tell_nodes(address: str, port: int, prefix: str, text: str) -> None:
     """Say why this node fails, for processes that can no longer say it themselves."""
     timeout = timedelta(seconds=_CONNECT_TIMEOUT_S)
-    with suppress(RuntimeError):  # whoever holds the store may be gone, too
+    with suppress(RuntimeError, OSError):  # whoever holds the store may be gone, too
+        # torch would print a stack of its own if it could not connect.
+        socket.create_connection((address, port), _CONNECT_TIMEOUT_S).close()
         store = distributed.TCPStore(address, port, is_master=False, timeout=timeout)
         NodeNews(lambda: PrefixStore(prefix, store)).tell(text)
 
