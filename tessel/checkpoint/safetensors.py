@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tessel.checkpoint.stored import StoredTensor, blocks
 from tessel.errors import TesselError
+from tessel.runtime.impostor import SNIFFED_BYTES, impostor
 
 DTYPES = {
     "F64": torch.float64,
@@ -165,15 +166,16 @@ def refuse_impostor(path: Path, file: IO[bytes]) -> None:
     Raises:
         TesselError: it is a git-lfs pointer, a web page, or empty.
     """
-    start = file.read(512)
+    start = file.read(SNIFFED_BYTES)
     file.seek(0)
     if not start:
         raise TesselError(f"{path} is empty. Download it again.")
-    if start.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise TesselError(f"{path} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its repository.")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    found = impostor(start)
+    if found == "a git-lfs pointer":
+        raise TesselError(f"{path} is {found}, not the file itself. Run `git lfs pull` in its repository.")
+    if found == "a web page":
         raise TesselError(
-            f"{path} is a web page, not weights. Download the file itself: on Hugging Face the address has "
+            f"{path} is {found}, not weights. Download the file itself: on Hugging Face the address has "
             "/resolve/ where the page's has /blob/ or /tree/."
         )
 
