@@ -32,7 +32,7 @@ from tessel.errors import TesselError
 
 # Modules whose classes are only ever stood in for: what they would do is not known here, and not done.
 _FOREIGN_MODULES = ("megatron.", "mindspeed.", "mindspeed_llm.", "modellink.", "transformer_engine.")
-_STORAGE_KINDS = {
+STORAGE_KINDS = {
     torch.float64: "DoubleStorage",
     torch.float32: "FloatStorage",
     torch.float16: "HalfStorage",
@@ -201,7 +201,7 @@ class _RestrictedPickle:
         }
         found["collections.OrderedDict"] = collections.OrderedDict
         found["torch._utils._rebuild_tensor_v2"] = _Function(torch._utils._rebuild_tensor_v2)
-        found |= {str(dtype): dtype for dtype in _STORAGE_KINDS}
+        found |= {str(dtype): dtype for dtype in STORAGE_KINDS}
         # Classes that a pickle could write to are made anew for each file.
         for name in ("argparse.Namespace", "types.SimpleNamespace"):
             found[name] = type("Namespace", (argparse.Namespace,), {})
@@ -276,7 +276,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Storage):
             return None
-        kind = getattr(torch, _STORAGE_KINDS[value.tensor.dtype])
+        kind = getattr(torch, STORAGE_KINDS[value.tensor.dtype])
         return "storage", kind, str(value.key), "cpu", _num_elements(value.tensor.shape)
 
     def reducer_override(self, value: Any) -> Any:
