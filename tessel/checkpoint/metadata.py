@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
 from tessel.runtime.files import require_path
 
@@ -63,24 +64,47 @@ def _tokenizer_files(source: Path) -> dict[str, bytes]:
 def write_metadata(
     folder: Path, config: ModelConfig, dtype: torch.dtype, side_files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write everything but the weights into `folder`, which is made if need be.
+    """Write everything but the weights into `folder`, which is made if need be; see `metadata_files`."""
+    for name, content in metadata_files(config, dtype, side_files).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def metadata_files(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    side_files: Mapping[str, bytes] | None = None,
+    as_it_was: bytes | None = None,
+) -> dict[str, bytes]:
+    """Everything but the weights, by name.
 
     `side_files` are those of `read_side_files`. Without a generation_config.json among them, it is
     made from the ids in config.json, with the tokenizer's end-of-sequence id where that has none.
+    `as_it_was`: the config.json that the model came with, which stays where it says the same.
     """
-    hf = replace(config, dtype=str(dtype).removeprefix("torch.")).to_hf()
+    config = replace(config, dtype=str(dtype).removeprefix("torch."))
+    hf = config.to_hf()
     files = dict(side_files or {})
-    files["config.json"] = _json({key: value for key, value in hf.items() if key not in _DROPPED_KEYS})
+    if as_it_was is not None and _says_the_same(as_it_was, config):
+        files["config.json"] = as_it_was
+    else:
+        files["config.json"] = _json({key: value for key, value in hf.items() if key not in _DROPPED_KEYS})
     if GENERATION_CONFIG not in files:
         ids = {key: hf[key] for key in _TOKEN_IDS if hf.get(key) is not None}
         eos = _tokenizer_eos(files)
         if "eos_token_id" not in ids and eos is not None:
             ids["eos_token_id"] = eos
         files[GENERATION_CONFIG] = _json({"_from_model_config": True, **ids})
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    return files
+
+
+def _says_the_same(content: bytes, config: ModelConfig) -> bool:
+    try:
+        raw = json.loads(content)
+        return "auto_map" not in raw and ModelConfig.from_hf(raw) == config
+    except (ValueError, TypeError, RecursionError, TesselError):
+        return False
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

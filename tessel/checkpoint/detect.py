@@ -1,0 +1,91 @@
+"""Which format a folder has, and the model in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tessel.checkpoint import huggingface, torch_file
+from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.mcore import open_torch
+from tessel.checkpoint.megatron_folder import RELEASE, TRACKER, iteration_name, rank_folders
+from tessel.checkpoint.run_model import open_run
+from tessel.checkpoint.stored import Format, StoredModel
+from tessel.checkpoint.weights import WEIGHT_FILES
+from tessel.errors import TesselError
+from tessel.runtime.files import require_path
+
+
+def format_of(folder: str | Path) -> Format | None:
+    """The format of a folder, by the files that are there; None if it is of none that is known."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES):
+        return "hf"
+    if run_checkpoint.saved_iterations(folder) or _is_run_iteration(folder):
+        return "torch_dcp"
+    for path in _iterations(folder):
+        if (path / "metadata.json").is_file() or ((path / ".metadata").is_file() and (path / "common.pt").is_file()):
+            return "torch_dist"
+        ranks = rank_folders(path)
+        if ranks:
+            return "legacy" if _has_legacy_names(next(iter(ranks.values()))) else "torch"
+    return None
+
+
+def _iterations(folder: Path) -> list[Path]:
+    """Where the files of a Megatron checkpoint may be: the iteration that the tracker names first."""
+    named: list[Path] = []
+    tracker = folder / TRACKER
+    if tracker.is_file():
+        text = tracker.read_bytes()[:100].decode("ascii", "replace").strip()
+        named.append(folder / (iteration_name(int(text)) if text.isdecimal() else RELEASE))
+    return [*named, folder, *sorted(folder.glob("iter_*"), reverse=True), folder / RELEASE]
+
+
+def _has_legacy_names(rank: Path) -> bool:
+    """Whether a rank's weights have the names from before Megatron-core: `language_model` at the top."""
+    path = next((path for path in sorted(rank.glob("*.pt")) if path.name.startswith("model_")), None)
+    content = None if path is None else torch_file.load(path)
+    model = content.get("model", content.get("model0")) if isinstance(content, dict) else None
+    return isinstance(model, dict) and "language_model" in model
+
+
+def _is_run_iteration(folder: Path) -> bool:
+    return run_checkpoint.iteration_of(folder.absolute()) in run_checkpoint.saved_iterations(folder.absolute().parent)
+
+
+def open_model(folder: str | Path, *, ckpt_step: int | None = None, hf_dir: str | Path | None = None) -> StoredModel:
+    """The model in a folder of any format, none of its tensors read.
+
+    `ckpt_step`: the iteration, instead of the latest. `hf_dir`: a folder with the config.json and tokenizer of
+    a checkpoint that has none of its own.
+
+    Raises:
+        TesselError: there is none; it says what was looked for. Or what the format's reader refuses.
+    """
+    folder = require_path(folder, "checkpoint")
+    kind = format_of(folder)
+    if kind == "hf":
+        if ckpt_step is not None:
+            raise TesselError(f"--ckpt-step {ckpt_step}: {folder} is a Hugging Face folder, which has no iterations.")
+        return huggingface.open_folder(folder)
+    if kind == "torch_dcp":
+        return open_run(folder, ckpt_step)
+    if kind == "torch":
+        return open_torch(folder, ckpt_step=ckpt_step, hf_dir=hf_dir)
+    if kind is not None:
+        raise TesselError(f"{folder} is a checkpoint in the {kind} format, which cannot be read yet.")
+    raise TesselError(_unknown(folder))
+
+
+def _unknown(folder: Path) -> str:
+    if folder.is_file():
+        return f"{folder} is a file. Give the folder that holds it: {folder.parent}."
+    looked = (
+        "a Hugging Face model (config.json with model.safetensors, its index, or the .bin files), a run of tessel "
+        "(iter_* with run.json), Megatron's torch format or ModelLink's legacy one (iter_* or release with mp_rank_*), "
+        "and torch_dist (iter_* or release with metadata.json and .metadata)"
+    )
+    names = sorted(entry.name for entry in folder.iterdir())[:5]
+    return f"{folder} holds no checkpoint: looked for {looked}. It holds {', '.join(names) or 'nothing'}."

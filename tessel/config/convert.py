@@ -1,0 +1,176 @@
+"""What `tessel convert` and `tessel verify` are asked to do.
+
+A docstring's first sentence is the heading of the fields in `--help`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tessel.config.field import REQUIRED, option
+from tessel.config.megatron import Accepted, ForeignFlags
+from tessel.errors import UsageError
+
+FORMATS = ("hf", "torch", "torch_dist", "torch_dcp", "legacy")
+PARAMS_DTYPES = ("fp32", "bf16", "fp16")
+
+_DETECTED = "the source's format and family are found by its files"
+CONVERSION = ForeignFlags(
+    {
+        **{
+            flag: Accepted(1, _DETECTED)
+            for flag in ("--model-type", "--model-type-hf", "--load-model-type", "--loader", "--model-name")
+        },
+        "--save-model-type": Accepted(1, "--to says what to write"),
+        "--saver": Accepted(1, "--to says what to write"),
+        "--spec": Accepted(2, _DETECTED),
+        "--use-mcore-models": Accepted(0, "--to legacy writes the others"),
+        "--add-qkv-bias": Accepted(0, _DETECTED),
+        "--add-dense-bias": Accepted(0, _DETECTED),
+        "--tokenizer-model": Accepted(1, "the tokenizer travels along with the model"),
+    },
+    {
+        "--load-checkpoint-loosely": "a tensor that is missing is an error",
+        "--moe-tp-extend-ep": "use --expert-tensor-parallel-size 1",
+    },
+    {
+        "--save-lora-to-hf": "adapters",
+        "--lora-load": "adapters",
+        "--lora-r": "adapters",
+        "--lora-alpha": "adapters",
+        "--lora-target-modules": "adapters",
+        "--qlora-nf4": "weights of 4 bits",
+    },
+)
+"""Flags of other suites' converters, for `tessel convert`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertDegrees:
+    """How torch, torch_dist and legacy are cut, and under which names."""
+
+    tensor_model_parallel_size: int = option(
+        1, "tensor-parallel ranks", aliases=("--target-tensor-parallel-size", "--target-tensor-model-parallel-size")
+    )
+    pipeline_model_parallel_size: int = option(
+        1, "pipeline stages", aliases=("--target-pipeline-parallel-size", "--target-pipeline-model-parallel-size")
+    )
+    expert_model_parallel_size: int = option(
+        1, "ranks that share the experts", aliases=("--target-expert-parallel-size",)
+    )
+    expert_tensor_parallel_size: int | None = option(None, "ranks that share each expert; as the tensor-parallel ones")
+    num_layers_per_virtual_pipeline_stage: int | None = option(None, "layers of a virtual pipeline stage")
+    num_layer_list: str | None = option(None, "layers of each pipeline stage, such as 11,13,19,21", metavar="N,N,...")
+    decoder_first_pipeline_num_layers: int | None = option(None, "layers of the first pipeline stage")
+    decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last pipeline stage")
+    noop_layers: str | None = option(None, "places without a layer, such as 94,95", metavar="N,N,...")
+    schedules_method: str | None = option(None, "dualpipev: stages placed in a V", choices=("dualpipev",))
+    make_vocab_size_divisible_by: int | None = option(
+        None, "pad the embedding's rows to a multiple of this x tensor-parallel ranks; the flavour's own if not given"
+    )
+    flavour: str = option(
+        "mcore",
+        "whose padding rows: Megatron's, MindSpeed's first or second converter's, Pai-Megatron-Patch's",
+        choices=("mcore", "v1", "v2", "pai"),
+    )
+    transformer_impl: str = option("local", "whose names for the fused layers", choices=("local", "transformer_engine"))
+    moe_grouped_gemm: bool = option(False, "all experts in one matrix")
+    release: bool = option(False, "write a release, which training starts from at iteration 0, instead of iteration 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """From where to where. Every format is read and written; the source's is found by its files."""
+
+    load: str = option(REQUIRED, "checkpoint of any format", metavar="DIR", aliases=("--load-dir",))
+    save: str = option(REQUIRED, "folder to write", metavar="DIR", aliases=("--save-dir",))
+    to: str | None = option(
+        None, "format to write; hf for a checkpoint of another format, torch for a Hugging Face folder", choices=FORMATS
+    )
+    ckpt_step: int | None = option(None, "iteration to read, instead of the latest")
+    hf_dir: str | None = option(
+        None, "config.json and tokenizer of a checkpoint without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
+    )
+    params_dtype: str | None = option(None, "dtype to write; as stored if not given", choices=PARAMS_DTYPES)
+    dry_run: bool = option(False, "print which input makes which output, and write nothing")
+    force: bool = option(False, "replace a checkpoint that is already in --save")
+    verify: str = option(
+        "tensors",
+        "proof before the result is put in place: every tensor read back and compared by hash, or logits as well",
+        choices=("tensors", "logits", "none"),
+    )
+    workers: int = option(1, "files written at a time")
+    degrees: ConvertDegrees = field(default_factory=ConvertDegrees)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """What to compare."""
+
+    checkpoints: tuple[str, ...] = option(
+        REQUIRED,
+        "two checkpoints of any formats; or one, to check its files against its MANIFEST.json",
+        nargs="+",
+        positional=True,
+        metavar="DIR",
+    )
+    tolerance: float | None = option(
+        None, "largest difference of values that is let pass, whatever their dtypes; exact if not given"
+    )
+    hf_dir: str | None = option(
+        None, "config.json of a checkpoint without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
+    )
+    ckpt_step: int | None = option(None, "iteration of the first one, instead of the latest")
+    json: bool = option(False, "print one JSON object")
+
+
+def validate_convert(cfg: ConvertConfig) -> ConvertConfig:
+    """Check the numbers, and that lists are lists of numbers.
+
+    Raises:
+        UsageError: a rule is broken.
+    """
+    degrees = cfg.degrees
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "num_layers_per_virtual_pipeline_stage",
+        "make_vocab_size_divisible_by",
+    ):
+        value = getattr(degrees, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
+    if cfg.workers < 1:
+        raise UsageError(f"--workers is {cfg.workers}: it must be at least 1.")
+    numbers_of("--num-layer-list", degrees.num_layer_list)
+    numbers_of("--noop-layers", degrees.noop_layers)
+    return cfg
+
+
+def numbers_of(flag: str, text: str | None) -> tuple[int, ...] | None:
+    """Whole numbers with commas between them; None for None.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"{flag} is {text!r}: it must be whole numbers with commas between them, such as 11,13.")
+    return tuple(int(part) for part in parts)
+
+
+def validate_verify(cfg: VerifyConfig) -> VerifyConfig:
+    """Check how many folders there are.
+
+    Raises:
+        UsageError: a rule is broken.
+    """
+    if len(cfg.checkpoints) > 2:
+        raise UsageError(f"{len(cfg.checkpoints)} checkpoints are given: tessel verify compares two.")
+    if cfg.tolerance is not None and not cfg.tolerance >= 0:
+        raise UsageError(f"--tolerance is {cfg.tolerance}: it must be 0 or more.")
+    return cfg

@@ -1,0 +1,108 @@
+"""`tessel convert`: a checkpoint in another format or layout, streamed, and proved before it is put in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tessel
+from tessel.checkpoint.detect import format_of, open_model
+from tessel.checkpoint.stored import StoredModel, name_of
+from tessel.config.convert import ConvertConfig
+from tessel.convert import show
+from tessel.convert.compare import Comparison, compare
+from tessel.convert.plan import Plan, casts, plan_for, require_apart, require_no_overflow
+from tessel.convert.work import MANIFEST, Work, begin
+from tessel.errors import TesselError
+from tessel.runtime.files import require_writable
+from tessel.runtime.log import log
+
+
+def convert(cfg: ConvertConfig) -> None:
+    """Write `cfg.load` to `cfg.save` as `cfg` says, and prove it.
+
+    Raises:
+        UsageError: what was asked for cannot be.
+        TesselError: the source is damaged, the destination exists, the disk is full, or the proof fails.
+    """
+    load, save = Path(cfg.load), Path(cfg.save)
+    source = open_model(load, ckpt_step=cfg.ckpt_step, hf_dir=cfg.hf_dir)
+    plan = plan_for(cfg, source)
+    for line in (*show.source_lines(source), show.target_line(plan, save), *casts(source, plan.target.dtype)):
+        log(line)
+    if cfg.dry_run:
+        for line in show.plan_lines(plan, source):
+            log(line)
+        return
+    require_apart(load, save)
+    _require_free_place(save, cfg.force)
+    require_no_overflow(source, plan.target.dtype)
+    with begin(save, plan.identity(source)) as work:
+        seconds = _write(work, plan, cfg.workers)
+        comparison = _prove(cfg, work, source, plan)
+        work.publish(_manifest(source, plan, comparison), save)
+    log(f"done: {save} ({len(work.files)} files; {MANIFEST} has the sha256 of each), written in {seconds:.1f} s")
+
+
+def _require_free_place(save: Path, force: bool) -> None:
+    require_writable(save.absolute().parent, "the folder of --save,")
+    if not save.exists() or (save.is_dir() and not any(save.iterdir())):
+        return
+    if not force:
+        raise TesselError(f"--save {save} exists. Choose another folder, or pass --force to replace it.")
+    if not save.is_dir() or (format_of(save) is None and not (save / MANIFEST).is_file()):
+        raise TesselError(f"--save {save} holds no checkpoint, so it is not replaced. Move it away, or choose another.")
+
+
+def _write(work: Work, plan: Plan, workers: int) -> float:
+    started_s = time.monotonic()
+    work.write(list(plan.files), workers)
+    work.write_texts(dict(plan.texts))
+    if work.num_kept:
+        log(f"went on from a conversion that was stopped: {work.num_kept} of {len(plan.files)} files were whole")
+    return time.monotonic() - started_s
+
+
+def _prove(cfg: ConvertConfig, work: Work, source: StoredModel, plan: Plan) -> Comparison | None:
+    if cfg.verify == "none":
+        log("nothing was verified, as --verify none asks")
+        return None
+    started_s = time.monotonic()
+    result = open_model(work.folder)
+    comparison = compare(source, result, plan.target.dtype, None)
+    if comparison.differences:
+        lines = [f"{d.name} {d.what}" for d in comparison.differences[:10]]
+        raise TesselError(
+            f"The result is not the source: {'; '.join(lines)}; {len(comparison.differences)} tensors in all. "
+            "Nothing was put in place. If the source did not change meanwhile, please report it."
+        )
+    log(
+        f"verified: {len(comparison.digests)} tensors read back and equal by sha256, in "
+        f"{time.monotonic() - started_s:.1f} s"
+    )
+    if cfg.verify == "logits":
+        from tessel.convert.logits import largest_difference
+
+        log(f"logits of a fixed prompt differ by {largest_difference(source, result):g} at most, in fp32")
+    return comparison
+
+
+def _manifest(source: StoredModel, plan: Plan, comparison: Comparison | None) -> dict[str, Any]:
+    found: Mapping[str, Any] = {
+        "made_by": f"tessel {tessel.__version__}",
+        "format": plan.format,
+        "family": source.config.family,
+        "options": dict(plan.options),
+        "source": {
+            "folder": str(source.folder),
+            "format": source.format,
+            "iteration": source.iteration,
+            "dtypes": [name_of(dtype) for dtype in source.dtypes],
+            "guessed": list(source.guessed),
+            "left_out": list(source.left_out),
+        },
+        "tensors": {} if comparison is None else comparison.digests,
+    }
+    return dict(found)

@@ -1,0 +1,63 @@
+"""The formats that can be written, each as a plan of files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tessel.checkpoint.stored import Format, PlannedFile, StoredModel, Target
+from tessel.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint to be written: files of tensors, and everything else by name, all below its folder."""
+
+    format: Format
+    files: Sequence[PlannedFile]
+    texts: Mapping[str, bytes]
+
+
+def _hf(model: StoredModel, target: Target) -> Written:
+    from tessel.checkpoint import hf_plan
+
+    files = hf_plan.plan(model, target)
+    return Written("hf", files, hf_plan.texts(model, target, files))
+
+
+def _torch(model: StoredModel, target: Target) -> Written:
+    from tessel.checkpoint.mcore_write import plan_torch
+
+    return _in_iteration("torch", plan_torch(model, target), {}, model, target)
+
+
+def _in_iteration(
+    kind: Format, files: Sequence[PlannedFile], texts: Mapping[str, bytes], model: StoredModel, target: Target
+) -> Written:
+    """Files and texts of Megatron's, which lie in an iteration's folder; the tracker and the way back go along."""
+    from tessel.checkpoint import companion
+    from tessel.checkpoint.megatron_folder import RELEASE, TRACKER, iteration_name
+    from tessel.checkpoint.metadata import metadata_files
+
+    folder = iteration_name(target.iteration)
+    side = model.side_files
+    if companion.CONFIG not in side:
+        side = metadata_files(model.config, target.dtype or model.dtypes[0], side)
+    found = {f"{folder}/{name}": text for name, text in texts.items()}
+    found |= {f"{folder}/{companion.FOLDER}/{name}": text for name, text in side.items()}
+    found[TRACKER] = RELEASE.encode() if target.iteration is None else str(target.iteration).encode()
+    return Written(kind, [replace(file, name=f"{folder}/{file.name}") for file in files], found)
+
+
+_WRITERS: dict[str, Callable[[StoredModel, Target], Written]] = {"hf": _hf, "torch": _torch}
+
+
+def writer_of(name: str) -> Callable[[StoredModel, Target], Written]:
+    """What plans a checkpoint of this format.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    if name not in _WRITERS:
+        raise UsageError(f"--to {name} cannot be written; these can: {', '.join(_WRITERS)}.")
+    return _WRITERS[name]
