@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
+from tessel.config import convert as conversion
 from tessel.config import verbs
 from tessel.config.megatron import MEGATRON, PREPROCESSING, ForeignFlags
 from tessel.config.parser import parse
@@ -113,6 +114,27 @@ def inspect(argv: list[str]) -> None:
     target.inspect(cfg)
 
 
+def convert(argv: list[str]) -> None:
+    """Write a checkpoint in another format or layout, and prove it."""
+    cfg = _read(conversion.ConvertConfig, argv, "convert", conversion.validate_convert, conversion.CONVERSION)
+    if cfg is None:
+        return
+    from tessel.convert import convert as target
+
+    target.convert(cfg)
+
+
+def verify(argv: list[str]) -> None:
+    """Compare two checkpoints of any formats, tensor by tensor."""
+    cfg = _read(conversion.VerifyConfig, argv, "verify", conversion.validate_verify)
+    if cfg is None:
+        return
+    from tessel.convert import verify as target
+
+    if not target.verify(cfg):
+        raise SystemExit(1)
+
+
 def doctor(argv: list[str]) -> None:
     """Say what this machine has, and what is missing for which verb."""
     cfg = _read(verbs.DoctorConfig, argv, "doctor")
@@ -159,6 +181,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "samples": samples,
     "generate": generate,
     "inspect": inspect,
+    "convert": convert,
+    "verify": verify,
     "doctor": doctor,
     "plan": plan,
     "plot": plot,
