@@ -9,6 +9,8 @@ variants are the ways it can be stored. A reader takes the variant that it finds
     te_moe     the same name in a layer with experts: torch_dist's way of the local layers; never written here
     gemm       all experts of the rank in mlp.experts.weight1 and weight2
     te_gemm    experts in mlp.experts.linear_fc1.weightJ and linear_fc2.weightJ
+    stacked    all experts in mlp.experts.experts.linear_fc1.weight and linear_fc2.weight: torch_dist's way
+    singleton  torch_dist's other way: mlp.experts.experts.J.linear_fc1.weight
 
 Within a variant, and from slot to slot, tensors come in the order of Megatron's named_parameters().
 """
@@ -31,7 +33,7 @@ EMBEDDING_KEY = "embedding.word_embeddings.weight"
 HEAD_KEY = "output_layer.weight"
 FINAL_NORM_KEY = "decoder.final_layernorm.weight"
 
-Variant = Literal["local", "te", "te_mlp", "te_moe", "gemm", "te_gemm"]
+Variant = Literal["local", "te", "te_mlp", "te_moe", "gemm", "te_gemm", "stacked", "singleton"]
 Gemm = Literal["first", "second"]
 
 
@@ -180,11 +182,13 @@ def _experts(part: Part, key: str, name: str) -> Slot:
 
     begin, num_experts = gate.start[0], gate.size[0]
     sequential: list[Entry] = []
+    singleton: list[Entry] = []
     numbered: tuple[list[Entry], list[Entry]] = ([], [])
     for number in range(num_experts):
         both = first(begin + number, 1, 1), second(begin + number, 1, 1)
         for which, fused in enumerate(both):
             sequential.append(Entry(f"{key}local_experts.{number}.linear_fc{which + 1}.weight", fused))
+            singleton.append(Entry(f"{key}experts.{number}.linear_fc{which + 1}.weight", fused))
             numbered[which].append(Entry(f"{key}linear_fc{which + 1}.weight{number}", fused))
     return {
         "local": tuple(sequential),
@@ -193,4 +197,9 @@ def _experts(part: Part, key: str, name: str) -> Slot:
             Entry(key + "weight2", second(begin, num_experts, 0), "second"),
         ),
         "te_gemm": (*numbered[0], *numbered[1]),
+        "stacked": (
+            Entry(key + "experts.linear_fc1.weight", first(begin, num_experts, 0)),
+            Entry(key + "experts.linear_fc2.weight", second(begin, num_experts, 0)),
+        ),
+        "singleton": tuple(singleton),
     }
