@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -207,7 +208,7 @@ def _write_rank(
 def _state(chunk: Chunk, biases: Mapping[str, torch.Tensor], target: Target) -> Iterator[tuple[str, object]]:
     """The weights, and after each parallel linear's the state that it lacks: strict readers want the key."""
     keys = list(chunk)
-    for key, following in zip(keys, [*keys[1:], ""], strict=True):
+    for key, following in itertools.zip_longest(keys, keys[1:], fillvalue=""):
         yield key, Deferred(chunk[key])
         module = key.rpartition(".")[0]
         bias = f"{module}.expert_bias"
