@@ -121,13 +121,14 @@ class Processes:
             stopped = True
         outcome = (self.world.node, socket.gethostname(), str(error) if error else None, type(error).__name__)
         outcomes: list[Any] = [None] * self.world.world_size
-        distributed.all_gather_object(outcomes, outcome, group=self.control)
-        failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome[2] is not None}
+        distributed.all_gather_object(outcomes, (stopped, outcome), group=self.control)
+        failed = {rank: outcome for rank, (_, outcome) in enumerate(outcomes) if outcome[2] is not None}
         if not failed:
             if stopped:
                 raise PeerFailedError("another process failed")
             return value
-        message = _joined(failed, self.nodes)
+        # Who waited for one that failed would have failed alike.
+        message = _joined(failed, self.nodes, len(failed) + sum(stopped for stopped, _ in outcomes))
         usage = all(kind == UsageError.__name__ for *_, kind in failed.values())
         raise (UsageError if usage else TesselError)(message) from error
 
@@ -261,13 +262,13 @@ def _nodes(world: World, control: ProcessGroup | None) -> tuple[tuple[int, ...],
     return tuple(tuple(rank for rank, node in enumerate(found) if node == own) for own in sorted(set(found)))
 
 
-def _joined(failed: dict[int, tuple[int, str, str, str]], nodes: tuple[tuple[int, ...], ...]) -> str:
-    """One message for all, with the places where that says more."""
+def _joined(failed: dict[int, tuple[int, str, str, str]], nodes: tuple[tuple[int, ...], ...], num_affected: int) -> str:
+    """One message for all, with the places where that says more: where not all are affected, or not alike."""
     num_ranks = sum(len(ranks) for ranks in nodes)
     ranks_of: dict[str, list[int]] = {}
     for rank, (_, _, message, _) in failed.items():
         ranks_of.setdefault(message, []).append(rank)
-    if len(ranks_of) == 1 and len(failed) == num_ranks:
+    if len(ranks_of) == 1 and num_affected == num_ranks:
         return next(iter(ranks_of))
     lines = []
     for message, ranks in ranks_of.items():

@@ -31,8 +31,11 @@ class StopRequest:
 
     def signalled(self) -> bool:
         """Whether a signal has come to any process: what can be left out now should be."""
-        self.signal_number = self.largest(self.signal_number)
-        return bool(self.signal_number)
+        agreed = self.largest(self.signal_number)
+        # One that has come meanwhile counts the next time: the others do not know of it yet.
+        if agreed:
+            self.signal_number = agreed
+        return bool(agreed)
 
     def reason(self, iteration: int, is_last: bool = False) -> str | None:
         """Why to stop after `iteration`; None to go on. --exit-interval does not cut off the end of a run."""

@@ -101,11 +101,12 @@ def test_an_error_names_the_places_that_differ() -> None:
         return {rank: (rank // 2, f"host{rank // 2}", message, "TesselError") for rank in ranks}
 
     two_nodes = ((0, 1), (2, 3))
-    assert _joined(failed(0, 1, 2, 3), two_nodes) == "gone"
-    assert _joined(failed(2, 3), two_nodes) == "node 1 (host1): gone"
-    assert _joined(failed(1, 3), (tuple(range(4)),)) == "rank 1, 3: gone"
+    assert _joined(failed(0, 1, 2, 3), two_nodes, 4) == "gone"
+    assert _joined(failed(0), two_nodes, 4) == "gone", "the others waited for that one"
+    assert _joined(failed(2), two_nodes, 2) == "node 1 (host1): gone"
+    assert _joined(failed(1, 3), (tuple(range(4)),), 2) == "rank 1, 3: gone"
     both = failed(0, 1) | failed(2, message="full")
-    assert _joined(both, two_nodes) == "node 0 (host0): gone\nnode 1 (host1): full"
+    assert _joined(both, two_nodes, 3) == "node 0 (host0): gone\nnode 1 (host1): full"
 
 
 def test_keys_of_an_earlier_start_are_not_read() -> None:
