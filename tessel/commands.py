@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from tessel.config import convert as conversion
 from tessel.config import verbs
+from tessel.config.download_rules import validate_download
 from tessel.config.megatron import MEGATRON, PREPROCESSING, ForeignFlags
 from tessel.config.parser import parse
 from tessel.config.plan_rules import validate_plan
@@ -21,6 +22,7 @@ from tessel.config.show import format_config, mark_changes
 from tessel.config.validate import advice, validate, validate_generate, validate_samples
 from tessel.launch import launch, starts_processes
 from tessel.runtime.failure import shown_once
+from tessel.runtime.files import require_writable
 from tessel.runtime.log import voice
 from tessel.runtime.world import World, is_launched
 
@@ -40,6 +42,8 @@ def pretrain(argv: list[str]) -> None:
             derived = mark_changes(parsed.value, cfg, parsed.provenance, "derived")
             print(format_config(*_with_model(cfg, parsed.given, derived)))
             return
+        if cfg.launch.rank_log_dir is not None:
+            require_writable(cfg.launch.rank_log_dir, "--rank-log-dir")
         if starts_processes(cfg.launch):
             _check_before_launch(cfg, parsed.given)
             raise SystemExit(launch(["-m", "tessel", "pretrain", *argv], cfg.launch))
@@ -135,6 +139,16 @@ def verify(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
+def download(argv: list[str]) -> None:
+    """Fetch a model or dataset from a hub, or a file from an address, and check every byte of it."""
+    cfg = _read(verbs.DownloadConfig, argv, "download", validate_download)
+    if cfg is None:
+        return
+    from tessel.download import command as target
+
+    target.download(cfg)
+
+
 def doctor(argv: list[str]) -> None:
     """Say what this machine has, and what is missing for which verb."""
     cfg = _read(verbs.DoctorConfig, argv, "doctor")
@@ -181,6 +195,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "samples": samples,
     "generate": generate,
     "inspect": inspect,
+    "download": download,
     "convert": convert,
     "verify": verify,
     "doctor": doctor,

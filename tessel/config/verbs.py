@@ -134,6 +134,34 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """What to fetch."""
+
+    repo: str | None = option(
+        None, "OWNER/NAME on the hub, or the http(s) address of one file", positional=True, metavar="REPO"
+    )
+    source: str = option("hf", "which hub", choices=("hf", "modelscope"))
+    repo_type: str = option("model", "what the repository is", choices=("model", "dataset"))
+    revision: str | None = option(None, "branch, tag or commit; the hub's main branch if not given", metavar="NAME")
+    local_dir: str | None = option(
+        None, "where to; for a repository its NAME, for an address this folder, if not given", metavar="DIR"
+    )
+    include: tuple[str, ...] = option(
+        (), "only files that match one of these, such as '*.json'", nargs="+", metavar="GLOB"
+    )
+    exclude: tuple[str, ...] = option((), "not the files that match one of these", nargs="+", metavar="GLOB")
+    workers: int = option(4, "files at once")
+    sha256: str | None = option(None, "what the file of an address must have", metavar="HEX")
+    sha256sums: str | None = option(
+        None, "list of sha256sum that the files must agree with; SHA256SUMS of the folder if not given", metavar="FILE"
+    )
+    unpack: bool = option(False, "unpack the .tar, .tar.gz, .tgz or .zip of an address into the folder")
+    verify: str | None = option(
+        None, "fetch nothing: check this folder against what the download recorded, offline", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Output."""
 
