@@ -323,7 +323,7 @@ def _tensor(name: str, entry: Any, places: Mapping[Any, Any], pages: _Pages) -> 
     for chunk in entry.chunks:
         start, size = tuple(chunk.offsets), tuple(chunk.sizes)
         fits = len(start) == len(size) == len(shape) and all(
-            0 <= begin and 0 <= length and begin + length <= whole
+            begin >= 0 and length >= 0 and begin + length <= whole
             for begin, length, whole in zip(start, size, shape, strict=True)
         )
         if not fits:

@@ -1,4 +1,4 @@
-"""Tensors that lie flat in a buffer, or cut into fragments that do: how Megatron's distributed optimizer keeps states."""
+"""Tensors that lie flat in a buffer, or in fragments that do: how Megatron's distributed optimizer keeps states."""
 
 from __future__ import annotations
 

@@ -11,35 +11,22 @@ Layers are stacked under one key, `decoder.layers.mlp.linear_fc2.weight` [layers
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tessel.checkpoint import companion, torch_file
 from tessel.checkpoint.dcp_files import METADATA, DcpFolder, damaged, read_folder
-from tessel.checkpoint.fused import alone, pieces
+from tessel.checkpoint.fused import alone
 from tessel.checkpoint.mcore_args import config_of
-from tessel.checkpoint.mcore_names import (
-    EMBEDDING,
-    EMBEDDING_KEY,
-    HEAD,
-    HEAD_KEY,
-    Entry,
-    Part,
-    Slot,
-    last_slots,
-    layer_slots,
-)
+from tessel.checkpoint.mcore_names import EMBEDDING_KEY, HEAD_KEY, Entry
 from tessel.checkpoint.megatron_folder import Iteration, companions, find_iteration
-from tessel.checkpoint.stored import Assembled, Piece, StoredModel, StoredTensor
+from tessel.checkpoint.stored import StoredModel, StoredTensor
+from tessel.checkpoint.torch_dist_keys import LAYER, STACK, Keyed, assemble, find, joined_halves, slots_of
+from tessel.checkpoint.torch_dist_optimizer import OptimizerState, optimizer_of
 from tessel.checkpoint.weights import named
 from tessel.errors import TesselError
-from tessel.layout.sharding import parameters
-from tessel.layout.topology import Place, Topology
 from tessel.model.config import ModelConfig
 
 COMMON, FORMAT_FILE = "common.pt", "metadata.json"
@@ -49,8 +36,6 @@ BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_STACK = "decoder.layers."
 _BIAS_OF_CHOICE = "mlp.router.expert_bias"
 _NO_WEIGHTS = ("._extra_state", ".inv_freq", ".local_tokens_per_expert", _BIAS_OF_CHOICE)
 _DEGREES = {
@@ -59,16 +44,6 @@ _DEGREES = {
     "ep": "expert_model_parallel_size",
     "chunks": "virtual_pipeline_model_parallel_size",
 }
-
-
-@dataclass(frozen=True)
-class Keyed:
-    """A stored tensor that holds an entry of the table of names, at `lead` of its first dims."""
-
-    entry: Entry
-    key: str
-    source: StoredTensor
-    lead: tuple[int, ...]
 
 
 def is_torch_dist(path: Path) -> bool:
@@ -99,6 +74,10 @@ def open_torch_dist(
     config = _with_expert_bias(config, found.tensors)
     rows = found.tensors[EMBEDDING_KEY].shape[0]
     padding = f"The vocabulary is padded from {config.vocab_size} to {rows} rows in the files; the padding is left out."
+    # A release is a model alone, as Megatron loads it.
+    optimizer = OptimizerState()
+    if iteration.number is not None:
+        optimizer = optimizer_of(found, common, args, config, keyed)
     return StoredModel(
         "torch_dist",
         Path(folder),
@@ -108,7 +87,10 @@ def open_torch_dist(
         iteration=iteration.number,
         degrees={name: args[key] for name, key in _DEGREES.items() if (args.get(key) or 1) > 1},
         args=args,
+        optimizer=optimizer.tensors,
+        state=optimizer.state,
         side_files=side_files,
+        left_out=optimizer.left_out,
         notes=(padding,) if rows > config.vocab_size else (),
     )
 
@@ -165,7 +147,7 @@ def _is_beside_weights(name: str) -> bool:
 
 def _check_layers(path: Path, weights: Mapping[str, StoredTensor], config: ModelConfig) -> None:
     counts = {tensor.shape[0] for key, tensor in weights.items() if _is_stacked(key) and tensor.shape}
-    numbers = [int(match[1]) for key in weights if (match := _LAYER.fullmatch(key))]
+    numbers = [int(match[1]) for key in weights if (match := LAYER.fullmatch(key))]
     counts |= {max(numbers) + 1} if numbers else set()
     if counts and counts != {config.num_hidden_layers}:
         shown = " or ".join(map(str, sorted(counts)))
@@ -176,43 +158,7 @@ def _check_layers(path: Path, weights: Mapping[str, StoredTensor], config: Model
 
 
 def _is_stacked(key: str) -> bool:
-    return key.startswith(_STACK) and _LAYER.fullmatch(key) is None
-
-
-def find(tensors: Mapping[str, StoredTensor], entry: Entry) -> Keyed | None:
-    """Where an entry with its layer's number in the key lies: under that key, or in a stack of layers."""
-    if entry.key in tensors:
-        return Keyed(entry, entry.key, tensors[entry.key], ())
-    layer = _LAYER.fullmatch(entry.key)
-    if layer is not None and _STACK + layer[2] in tensors:
-        return Keyed(entry, _STACK + layer[2], tensors[_STACK + layer[2]], (int(layer[1]),))
-    return None
-
-
-def joined_halves(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors, with gate and up that are stored apart, as ..._w and ..._v, put together in one."""
-    whole = dict(tensors)
-    for key in [key.removesuffix("_w") for key in tensors if key.endswith("linear_fc1.weight_w")]:
-        first, second = whole.pop(key + "_w"), whole.pop(key + "_v", None)
-        if second is None or first.shape != second.shape or first.dtype != second.dtype:
-            raise TesselError(f"{first.path}: {key}_w and {key}_v are not two halves of one matrix.")
-        *lead, rows, columns = first.shape
-        zeros = (0,) * len(first.shape)
-        parts = Piece(zeros, first.shape, first, zeros), Piece((*zeros[:-2], rows, 0), first.shape, second, zeros)
-        whole[key] = Assembled(key, first.dtype, (*lead, 2 * rows, columns), parts)
-    return whole
-
-
-def slots_of(config: ModelConfig, num_rows: Mapping[str, int]) -> Iterator[Slot]:
-    """The slots of a whole model, layers by their numbers. `num_rows`: those of embedding and output layer."""
-    part = Part(config, Topology(), Place())
-    for key, name in ((EMBEDDING_KEY, EMBEDDING), (HEAD_KEY, HEAD)):
-        if part.has(name):
-            size = (num_rows.get(key, config.vocab_size), config.hidden_size)
-            yield {"local": (Entry(key, alone(name, (0, 0), size)),)}
-    for layer in range(config.num_hidden_layers):
-        yield from layer_slots(part, layer, layer)
-    yield last_slots(part, is_first=True)[0]
+    return key.startswith(STACK) and LAYER.fullmatch(key) is None
 
 
 def match(path: Path, weights: Mapping[str, StoredTensor], config: ModelConfig) -> list[Keyed]:
@@ -266,32 +212,12 @@ def _complain(path: Path, missing: list[str], wrong: list[str]) -> None:
     raise TesselError(f"The weights in {path} are not those of the model's config; {'; '.join(said)}. {advice}")
 
 
-def assemble(keyed: list[Keyed], config: ModelConfig) -> dict[str, StoredTensor]:
-    """Every parameter out of the stored tensors.
-
-    Raises:
-        TesselError: parts leave gaps.
-    """
-    shapes = {name: rule.shape for name, rule in parameters(config).items()}
-    parts: dict[str, list[Piece]] = {name: [] for name in shapes}
-    for item in keyed:
-        for name, piece in pieces(item.entry.fused, item.source, shapes, item.lead):
-            parts[name].append(piece)
-    tensors: dict[str, StoredTensor] = {}
-    for name, held in parts.items():
-        whole = Assembled(name, held[0].source.dtype if held else torch.float32, shapes[name], tuple(held))
-        if not whole.is_whole:
-            raise TesselError(f"The parts of {name} in the files do not make up its shape {shapes[name]}.")
-        tensors[name] = whole
-    return tensors
-
-
 def _with_expert_bias(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> ModelConfig:
     """The router's bias of the choice, which a config.json has and Megatron keeps beside the weights."""
     rows: dict[int, tuple[float, ...]] = {}
     for layer in range(config.num_hidden_layers):
         shape = (config.num_experts,)
-        keyed = find(tensors, Entry(f"{_STACK}{layer}.{_BIAS_OF_CHOICE}", alone("bias", (0,), shape)))
+        keyed = find(tensors, Entry(f"{STACK}{layer}.{_BIAS_OF_CHOICE}", alone("bias", (0,), shape)))
         if keyed is not None and keyed.source.shape[-1:] == shape:
             index = (*(slice(at, at + 1) for at in keyed.lead), slice(0, config.num_experts))
             rows[layer] = tuple(keyed.source.read(index).double().flatten().tolist())

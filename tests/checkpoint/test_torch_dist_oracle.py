@@ -1,0 +1,111 @@
+"""Megatron's torch_dist checkpoints as the real tools wrote them: read, and written again key for key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tessel.checkpoint import huggingface
+from tessel.checkpoint.experts import in_memory
+from tessel.checkpoint.stored import StoredModel, StoredTensor
+from tessel.checkpoint.torch_dist import open_torch_dist
+
+pytestmark = pytest.mark.oracle
+
+WEIGHTS = ("td_qwen2", "td_qwen2_tp2", "td_qwen2tied_pp2", "td_qwen3_release", "td_qwen3moe")
+PAI = ("pai_qwen2", "pai_qwen2tied_pp2", "pai_qwen3")
+TRAINED = ("td_qwen3mini_optim", "td_qwen3mini_fullyresh", "td_qwen3mini_dp2_distopt")
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+
+
+def case(shared: Path, name: str) -> tuple[Path, dict[str, Any], Path]:
+    """The checkpoint of a case, its manifest, and the Hugging Face folder that it was made from."""
+    checkpoints = shared / "oracle" / "checkpoints"
+    manifest = json.loads((checkpoints / "cases" / name / "manifest.json").read_text())
+    return checkpoints / "cases" / name / "checkpoint", manifest, checkpoints / "hf" / manifest["model"]
+
+
+def in_folder(folder: Path) -> dict[str, StoredTensor]:
+    return in_memory(huggingface.read_tensors(folder))
+
+
+@pytest.mark.parametrize("name", WEIGHTS + PAI)
+def test_weights_are_those_of_the_model(shared: Path, name: str) -> None:
+    checkpoint, _, hf = case(shared, name)
+    model = open_torch_dist(checkpoint, hf_dir=hf)
+    expected = in_folder(hf)
+    assert model.tensors.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(model.tensors[key].read(), tensor.read()), key
+    assert not model.optimizer
+    assert not model.guessed
+
+
+@pytest.mark.parametrize("name", WEIGHTS + PAI)
+def test_config_follows_from_the_args(shared: Path, name: str) -> None:
+    checkpoint, _, hf = case(shared, name)
+    known, derived = open_torch_dist(checkpoint, hf_dir=hf).config, open_torch_dist(checkpoint)
+    for field in ("family", "hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "rms_norm_eps",
+                  "tie_word_embeddings", "attention_bias", "qk_norm", "num_experts", "norm_topk_prob"):  # fmt: skip
+        assert getattr(derived.config, field) == getattr(known, field), field
+    assert derived.guessed
+
+
+def test_degrees_and_iteration(shared: Path) -> None:
+    sharded = open_torch_dist(case(shared, "td_qwen2_tp2")[0])
+    assert (sharded.degrees, sharded.iteration) == ({"tp": 2}, 5)
+    assert any("256 rows" in note for note in sharded.notes)
+    assert open_torch_dist(case(shared, "td_qwen2tied_pp2")[0]).degrees == {"pp": 2}
+    assert open_torch_dist(case(shared, "td_qwen3_release")[0]).iteration is None
+
+
+def trained(shared: Path, name: str) -> StoredModel:
+    checkpoint, _, hf = case(shared, name)
+    model = open_torch_dist(checkpoint, hf_dir=hf)
+    assert model.optimizer.keys() == {f"{kind}.{key}" for kind in KINDS for key in model.tensors}
+    return model
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_master_weights_round_to_the_weights(shared: Path, name: str) -> None:
+    model = trained(shared, name)
+    for key, tensor in model.tensors.items():
+        master = model.optimizer[f"param.{key}"].read()
+        assert master.dtype == torch.float32
+        assert torch.equal(master.to(torch.bfloat16), tensor.read()), key
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_where_the_run_stood(shared: Path, name: str) -> None:
+    state = trained(shared, name).state
+    assert (state["step"], state["iteration"]) == (2, 5)
+    assert state["opt_param_scheduler"]["num_steps"] == 8
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.1, 0.0]
+
+
+def test_plain_and_distributed_optimizer_agree(shared: Path) -> None:
+    plain, distributed = trained(shared, "td_qwen3mini_optim"), trained(shared, "td_qwen3mini_fullyresh")
+    for key, tensor in plain.optimizer.items():
+        torch.testing.assert_close(distributed.optimizer[key].read(), tensor.read(), rtol=1e-6, atol=1e-8)
+
+
+def test_moments_out_of_buckets_lie_where_they_belong(shared: Path) -> None:
+    """Two ranks' gradients were averaged: about the size of one rank's, and of each parameter's own shape."""
+    model = trained(shared, "td_qwen3mini_dp2_distopt")
+    for key, tensor in model.tensors.items():
+        first, second = (model.optimizer[f"{kind}.{key}"].read() for kind in ("exp_avg", "exp_avg_sq"))
+        assert first.shape == second.shape == tensor.shape
+        assert first.std() > 0 and second.min() >= 0, key
+
+
+def test_a_run_in_the_middle_opens_with_its_moments(shared: Path) -> None:
+    folder = shared / "oracle" / "continue" / "bf16_torch_dist"
+    model = open_torch_dist(folder / "checkpoint", hf_dir=folder / "hf")
+    assert model.optimizer.keys() == {f"{kind}.{key}" for kind in KINDS for key in model.tensors}
+    assert (model.iteration, model.state["step"], model.state["consumed_train_samples"]) == (8, 8, 64)
+    for key, tensor in model.tensors.items():
+        assert torch.equal(model.optimizer[f"param.{key}"].read().to(torch.bfloat16), tensor.read()), key
