@@ -64,6 +64,12 @@ def test_what_is_wrong_with_the_command_line_is_said_before_processes_start(
     assert "tessel: error: " in capsys.readouterr().err
 
 
+def test_a_folder_for_logs_that_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main([*PRETRAIN, "--nproc-per-node", "2", "--rank-log-dir", str(tmp_path / "file")]) == 1
+    assert f"tessel: error: --rank-log-dir {tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
 def test_the_processes_get_the_same_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
