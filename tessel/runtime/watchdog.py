@@ -55,6 +55,11 @@ def at(iteration: int | None, phase: str) -> None:
     _position.iteration, _position.phase, _position.since_s = iteration, phase, time.monotonic()
 
 
+def goes_on() -> None:
+    """Say that the phase of the last `at` has come further, such as by one batch of an evaluation."""
+    _position.since_s = time.monotonic()
+
+
 @contextmanager
 def unlimited(phase: str) -> Iterator[None]:
     """Around work on files, or waiting for another process's, which may take as long as it needs."""

@@ -9,6 +9,7 @@ import torch
 from tessel.config.run import RunConfig
 from tessel.data.loader import Loader, MicroBatch
 from tessel.parallel.apply import release_gathered
+from tessel.runtime import watchdog
 from tessel.runtime.log import log
 from tessel.train import metrics
 from tessel.train.learner import Learner
@@ -93,6 +94,7 @@ class Evaluator:
                 batches = [batch.to(self._device) for batch in self._fetch(loader, start, size, micro_batch_size)]
                 sums = evaluation_sums(self._learner.runner, batches, peers)
                 nll_sum, num_tokens = nll_sum + sums[0], num_tokens + sums[1]
+                watchdog.goes_on()
         finally:
             for part in parts:
                 release_gathered(part)

@@ -54,6 +54,9 @@ def test_no_progress_is_reported_with_iteration_phase_and_place(desk: Desk) -> N
     watchdog.at(7, "save")
     dog._look()
     watchdog._position.since_s -= 90
+    watchdog.goes_on()
+    dog._look()
+    watchdog._position.since_s -= 90
     record = ended(dog)
     assert isinstance(record, Record) and (record.rank, record.kind) == (0, HANG)
     assert record.message.startswith("no progress for 1.5 minutes in iteration 7, save: in ")
