@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tessel.config.run import Optimizer
 from tessel.errors import TesselError
 from tessel.layout import sharding
+from tessel.model.config import ModelConfig
 from tessel.train.optimizer import (
     NORM_ROW_ELEMENTS,
     build_optimizer,
@@ -48,7 +49,7 @@ def _config(**changes: Any) -> Any:
         "qk_norm": True,
         "tie_word_embeddings": False,
     }
-    return SimpleNamespace(**values | changes)
+    return ModelConfig(family="qwen3", **values | changes)
 
 
 class _Chunk:
