@@ -36,8 +36,8 @@ BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_BIAS_OF_CHOICE = "mlp.router.expert_bias"
-_NO_WEIGHTS = ("._extra_state", ".inv_freq", ".local_tokens_per_expert", _BIAS_OF_CHOICE)
+BIAS_OF_CHOICE = "mlp.router.expert_bias"
+_NO_WEIGHTS = ("._extra_state", ".inv_freq", ".local_tokens_per_expert", BIAS_OF_CHOICE)
 _DEGREES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -217,7 +217,7 @@ def _with_expert_bias(config: ModelConfig, tensors: Mapping[str, StoredTensor]) 
     rows: dict[int, tuple[float, ...]] = {}
     for layer in range(config.num_hidden_layers):
         shape = (config.num_experts,)
-        keyed = find(tensors, Entry(f"{STACK}{layer}.{_BIAS_OF_CHOICE}", alone("bias", (0,), shape)))
+        keyed = find(tensors, Entry(f"{STACK}{layer}.{BIAS_OF_CHOICE}", alone("bias", (0,), shape)))
         if keyed is not None and keyed.source.shape[-1:] == shape:
             index = (*(slice(at, at + 1) for at in keyed.lead), slice(0, config.num_experts))
             rows[layer] = tuple(keyed.source.read(index).double().flatten().tolist())

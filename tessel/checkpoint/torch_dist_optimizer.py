@@ -22,7 +22,7 @@ from tessel.checkpoint.dcp_files import ChunkedTensor, DcpFolder
 from tessel.checkpoint.flat import Unflattened, of_fragments
 from tessel.checkpoint.flat_buffers import ORDERS, Buffers, Spot, placed
 from tessel.checkpoint.fused import pieces
-from tessel.checkpoint.mcore import source_of
+from tessel.checkpoint.mcore_match import source_of
 from tessel.checkpoint.mcore_names import EMBEDDING_KEY, HEAD, HEAD_KEY
 from tessel.checkpoint.stored import Assembled, Piece, StoredTensor
 from tessel.checkpoint.torch_dist_keys import Keyed, find, joined_halves

@@ -298,18 +298,24 @@ def _num_elements(shape: Iterable[int]) -> int:
     return product
 
 
+def pickled(content: Any) -> tuple[bytes, list[StoredTensor]]:
+    """The pickle that torch.load reads of `content`, and the tensors in it by the numbers of their storages."""
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(content)
+    return buffer.getvalue(), pickler.storages
+
+
 def write(path: Path, content: Any) -> None:
     """Write what torch.load reads; `content` may hold tensors, and `Deferred` ones, which are read block by block.
 
     Memory: one block, and the pickle. The file is not synced to disk here.
     """
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
-    pickler.dump(content)
+    data, storages = pickled(content)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        _put(archive, "data.pkl", [buffer.getbuffer()], len(buffer.getbuffer()))
+        _put(archive, "data.pkl", [data], len(data))
         _put(archive, "byteorder", [b"little"], 6)
-        for key, tensor in enumerate(pickler.storages):
+        for key, tensor in enumerate(storages):
             num_bytes = _num_elements(tensor.shape) * tensor.dtype.itemsize
             _put(archive, f"data/{key}", _bytes(tensor), num_bytes)
         _put(archive, "version", [b"3\n"], 2)

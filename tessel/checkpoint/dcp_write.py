@@ -1,0 +1,223 @@
+"""Writing folders of torch.distributed.checkpoint as a stream: where each byte goes is known before any is read.
+
+A .distcp file is a row of chunks, each a file of torch.save: a zip archive with a pickle, and the elements. The
+archive is put together here, since its length must be known for the index, and its elements come in blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import pickle
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from tessel.checkpoint.stored import PlannedFile, StoredTensor, blocks
+from tessel.checkpoint.torch_file import Deferred, pickled
+
+_ALIGNMENT = 64
+_WRITE_BYTES = 32 * 2**20
+_LARGE = 2**32 - 1
+_DOS_EPOCH = 0x21  # 1980-01-01, the earliest date of a zip archive
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of the tensor `key` of a checkpoint, which begins at `start` of the whole one of `shape`."""
+
+    key: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    values: StoredTensor
+
+
+@dataclass(frozen=True)
+class Other:
+    """An entry that is no tensor, as torch.save writes it."""
+
+    key: str
+    content: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    item: Part | Other
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class DcpPlan:
+    """The files of a folder, and its index."""
+
+    files: tuple[PlannedFile, ...]
+    metadata: bytes = field(repr=False)
+
+
+def plan_folder(files: dict[str, Sequence[Part | Other]]) -> DcpPlan:
+    """The plan of a folder whose .distcp files, by name, hold these items in this order."""
+    index = Metadata(state_dict_metadata={}, storage_data={})
+    planned = []
+    for name, items in files.items():
+        placed, offset = [], 0
+        for item in items:
+            length = len(item.content) if isinstance(item, Other) else _Archive.of(item.values).length
+            placed.append(_Placed(item, offset, length))
+            _note(index, item, _StorageInfo(name, offset, length))
+            # Elements then lie at addresses that they can be used at where they are mapped.
+            offset += -(-length // _ALIGNMENT) * _ALIGNMENT
+        tensors = {f"{item.key} {list(item.start)}": item.values for item in items if isinstance(item, Part)}
+        planned.append(PlannedFile(name, tensors, functools.partial(_write_file, tuple(placed))))
+    return DcpPlan(tuple(planned), pickle.dumps(index))
+
+
+def _note(index: Metadata, item: Part | Other, info: _StorageInfo) -> None:
+    entries = index.state_dict_metadata
+    if isinstance(item, Other):
+        entries[item.key] = BytesStorageMetadata()
+        index.storage_data[MetadataIndex(item.key)] = info
+        return
+    size = torch.Size(item.values.shape)
+    entry = entries.get(item.key)
+    if entry is None:
+        properties = TensorProperties(dtype=item.values.dtype)
+        entry = entries[item.key] = TensorStorageMetadata(properties, torch.Size(item.shape), [])
+    assert isinstance(entry, TensorStorageMetadata)
+    index.storage_data[MetadataIndex(item.key, torch.Size(item.start), len(entry.chunks))] = info
+    entry.chunks.append(ChunkStorageMetadata(torch.Size(item.start), size))
+
+
+def _write_file(placed: Sequence[_Placed], path: Path) -> None:
+    with open(path, "wb") as file:
+        for where in placed:
+            file.seek(where.offset)
+            if isinstance(where.item, Other):
+                file.write(where.item.content)
+            else:
+                _Archive.of(where.item.values).write(file, where.item.values)
+            assert file.tell() == where.offset + where.length
+
+
+def other(key: str, content: object) -> Other:
+    """An entry with anything that torch.save takes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return Other(key, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file in the archive, nothing compressed. `at`: where its local header begins."""
+
+    name: bytes
+    at: int
+    num_bytes: int
+    num_padding: int
+
+    def local(self, crc: int) -> bytes:
+        """The header in front of its bytes; the padding brings these to a multiple of 64."""
+        extra = _zip64(self.num_bytes, self.num_bytes) if self.num_bytes >= _LARGE else b""
+        extra += struct.pack("<2sH", b"FB", self.num_padding) + b"Z" * self.num_padding
+        return b"PK\3\4" + self._middle(crc, len(extra)) + self.name + extra
+
+    def central(self, crc: int) -> bytes:
+        """Its entry in the archive's directory."""
+        extra = _zip64(self.num_bytes, self.num_bytes) if self.num_bytes >= _LARGE else b""
+        middle = self._middle(crc, len(extra)) + struct.pack("<HHHII", 0, 0, 0, 0, self.at)
+        return b"PK\1\2" + struct.pack("<H", 45) + middle + self.name + extra
+
+    def _middle(self, crc: int, num_extra: int) -> bytes:
+        shown = min(self.num_bytes, _LARGE)
+        return struct.pack("<HHHHHIIIHH", 45, 0, 0, 0, _DOS_EPOCH, crc, shown, shown, len(self.name), num_extra)
+
+
+def _zip64(*numbers: int) -> bytes:
+    return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
+
+
+class _Archive:
+    """What torch.save writes for a tensor of this dtype and shape; the elements come last."""
+
+    def __init__(self, pickle_bytes: bytes, num_bytes: int) -> None:
+        self._small = {b"data.pkl": pickle_bytes, b"byteorder": b"little", b"version": b"3\n"}
+        self._members: list[_Member] = []
+        at = 0
+        for name, size in [*((name, len(content)) for name, content in self._small.items()), (b"data/0", num_bytes)]:
+            unpadded = _Member(b"archive/" + name, at, size, 0)
+            begin = at + len(unpadded.local(0))
+            self._members.append(_Member(unpadded.name, at, size, -begin % _ALIGNMENT))
+            at = begin + -begin % _ALIGNMENT + size
+        self._end_of_data = at
+        self.length = at + len(self._directory([0] * len(self._members)))
+
+    @classmethod
+    def of(cls, tensor: StoredTensor) -> _Archive:
+        """The archive of a tensor; many tensors have the same."""
+        return _archive(tensor.dtype, tensor.shape)
+
+    def write(self, file: IO[bytes], tensor: StoredTensor) -> None:
+        """Write it at the file's position; memory: one block."""
+        begin = file.tell()
+        crcs = []
+        for member, content in zip(self._members, self._small.values(), strict=False):
+            crcs.append(zlib.crc32(content))
+            file.write(member.local(crcs[-1]) + content)
+        data = self._members[-1]
+        file.write(data.local(0))
+        crc = 0
+        for block in blocks(tensor, _WRITE_BYTES):
+            if block.numel():
+                values = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                crc = zlib.crc32(values, crc)
+                file.write(values)
+        file.write(self._directory([*crcs, crc]))
+        end = file.tell()
+        # The checksum stands in front of what it is of.
+        file.seek(begin + data.at)
+        file.write(data.local(crc))
+        file.seek(end)
+
+    def _directory(self, crcs: Sequence[int]) -> bytes:
+        entries = b"".join(member.central(crc) for member, crc in zip(self._members, crcs, strict=True))
+        count, at = len(self._members), self._end_of_data
+        end = b""
+        if at >= _LARGE:
+            end = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(entries), at)
+            end += b"PK\6\7" + struct.pack("<IQI", 0, at + len(entries), 1)
+        shown = min(at, _LARGE)
+        return entries + end + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, len(entries), shown, 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _archive(dtype: torch.dtype, shape: tuple[int, ...]) -> _Archive:
+    content, _ = pickled(Deferred(_Empty(dtype, shape)))
+    return _Archive(content, math.prod(shape) * dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class _Empty:
+    """A tensor of which only the form is asked for."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    name: str = ""
+    path: Path = Path()
+
+    def read(self, index: object = None) -> torch.Tensor:
+        raise NotImplementedError
