@@ -140,7 +140,7 @@ def verify(argv: list[str]) -> None:
 
 
 def download(argv: list[str]) -> None:
-    """Fetch a model or dataset from a hub, or a file from an address, and check every byte of it."""
+    """Fetch a model, a dataset or any file, and check every byte of it."""
     cfg = _read(verbs.DownloadConfig, argv, "download", validate_download)
     if cfg is None:
         return

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup, ReduceOp
 
+from tessel.layout.topology import Topology
 from tessel.parallel.groups import Groups
 
 
@@ -14,6 +15,11 @@ class Peers:
 
     def __init__(self, groups: Groups | None = None) -> None:
         self._groups = groups
+
+    @property
+    def topology(self) -> Topology:
+        """The degrees of the run."""
+        return Topology() if self._groups is None else self._groups.topology
 
     @property
     def num_processes(self) -> int:

@@ -202,9 +202,9 @@ def saving_line(iteration: int, folder: object, checkpoint_format: str) -> str:
     return f"saving checkpoint at iteration {iteration:7d} to {folder} in {checkpoint_format} format"
 
 
-def saved_line(iteration: int, folder: object) -> str:
-    """What Megatron prints after it has saved."""
-    return f"  successfully saved checkpoint from iteration {iteration:7d} to {folder} [ t 1/1, p 1/1 ]"
+def saved_line(iteration: int, folder: object, tp: int = 1, pp: int = 1) -> str:
+    """What Megatron prints after it has saved, on the first of `tp` and of `pp` ranks."""
+    return f"  successfully saved checkpoint from iteration {iteration:7d} to {folder} [ t 1/{tp}, p 1/{pp} ]"
 
 
 def timer_lines(times_ms: Mapping[str, tuple[float, float]]) -> str:

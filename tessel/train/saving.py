@@ -115,7 +115,8 @@ class RunSaver:
                 team,
                 on_copied,
             )
-            log(metrics.saved_line(iteration, folder))
+            topology = self._learner.peers.topology
+            log(metrics.saved_line(iteration, folder, topology.tp, topology.pp))
 
         with unlimited("saving a checkpoint"):
             if self._flags.async_save:

@@ -12,6 +12,7 @@ from torch import nn
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.fill import fill_model
 from tessel.checkpoint.tiles import tiled
 from tessel.config.layout import Layout
 from tessel.config.layout_rules import sharding_strategy_of
@@ -41,7 +42,7 @@ from tessel.parallel.pipeline import PipelineRunner
 from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
-from tessel.train import frugal
+from tessel.train import foreign, frugal
 from tessel.train.gradients import Gradients
 from tessel.train.learner import Learner, named_parameters
 from tessel.train.optimizer import build_optimizer, parameter_groups
@@ -126,6 +127,8 @@ def _builder(
         dropout=cfg.model.attention_dropout,
     )
     log(kernels.describe())
+    if cfg.layout.context_parallel_size > 1:
+        log(f"context parallelism: {cfg.layout.cp_comm_type}, over blocks of attention of its own")
 
     def build() -> Transformer:
         with torch.device("meta"):
@@ -208,6 +211,13 @@ def _load_weights(
         for part in parts:
             huggingface.load_into(part, source.folder, device, tiles)
         return
+    if source.stored is not None:
+        flags = cfg.checkpoint
+        with_optimizer = not (flags.finetune or flags.no_load_optim or cfg.batch.skip_train)
+        stored = foreign.weights(source.stored, with_optimizer)
+        for part in parts:
+            fill_model(part, stored, device, tiles)
+        return
     for part in parts:
         try:
             part.to_empty(device=device)
@@ -246,6 +256,10 @@ def model_config_of(
     Raises:
         UsageError: a shape flag contradicts config.json; both values are shown.
     """
+    if source.stored is not None:
+        config = foreign.with_given(source.stored, shape, given)
+        config.check_shape_flags(shape, set(given))
+        return config
     folder: Path | None = source.model_folder
     if folder is None:
         return ModelConfig.from_shape(shape, _tokenizer_rows(shape, tokenizer_section))

@@ -178,6 +178,7 @@ def test_evaluation_lines_are_megatrons(where: str, loss: float, line: str) -> N
 def test_other_lines_are_megatrons() -> None:
     assert saving_line(10, "out", "torch_dcp") == "saving checkpoint at iteration      10 to out in torch_dcp format"
     assert saved_line(10, "out") == ("  successfully saved checkpoint from iteration      10 to out [ t 1/1, p 1/1 ]")
+    assert saved_line(10, "out", 2, 4).endswith("to out [ t 1/2, p 1/4 ]")
     assert timer_lines({"save-checkpoint": (17332.361, 17332.558)}) == (
         "(min, max) time across ranks (ms):\n    save-checkpoint ................................: (17332.36, 17332.56)"
     )
