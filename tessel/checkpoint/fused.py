@@ -15,8 +15,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from tessel.checkpoint.stored import Assembled, Piece, Reshaped, StoredTensor, Transposed
+from tessel.checkpoint.stored import (
+    Assembled,
+    Derived,
+    Index,
+    Piece,
+    Reshaped,
+    StoredTensor,
+    Transposed,
+    bounds,
+    index_of,
+)
 
 
 class Rows(NamedTuple):
@@ -135,3 +146,28 @@ def gemm_of_experts(experts: StoredTensor, is_first: bool) -> StoredTensor:
     num_experts, features_out, features_in = experts.shape
     shape = (features_in, num_experts * features_out) if is_first else (num_experts * features_in, features_out)
     return Reshaped(Transposed(experts), shape)
+
+
+@dataclass(frozen=True)
+class FormerQkv(Derived):
+    """linear_qkv from before checkpoint_version 2, with its rows in today's order: [heads, 3, head_dim].
+
+    Version 0 (`is_first`) has them as [3, heads, head_dim], version 1 as [heads, head_dim, 3]. Source: Megatron's
+    own `fix_query_key_value_ordering`.
+    """
+
+    is_first: bool
+    head_dim: int
+
+    def read(self, index: Index | None = None) -> Tensor:
+        """The box `index`, or all of it: the rows between the first and the last that are needed are read."""
+        (low, high), *rest = bounds(index, self.shape)
+        row = torch.arange(low, high)
+        head, part, feature = row // (3 * self.head_dim), row // self.head_dim % 3, row % self.head_dim
+        num_heads = self.shape[0] // (3 * self.head_dim)
+        if self.is_first:
+            at = (part * num_heads + head) * self.head_dim + feature
+        else:
+            at = (head * self.head_dim + feature) * 3 + part
+        first = int(at.min())
+        return self.source.read(index_of([(first, int(at.max()) + 1), *rest]))[at - first]

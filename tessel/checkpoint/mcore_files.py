@@ -8,8 +8,8 @@ themselves, whatever flags (--num-layer-list, --noop-layers, ...) dealt them out
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,19 @@ _NO_WEIGHTS = ("_extra_state", ".inv_freq", ".local_tokens_per_expert")
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """How files name what Megatron-core's names stand for.
+
+    `weights`: a rank's tensors by Megatron-core's keys, out of its file's state; what has none keeps its own.
+    `shown`: a key as the files have it. `oldest`: the first checkpoint_version with these names.
+    """
+
+    weights: Callable[[Path, Any], dict[str, Tensor]]
+    shown: Callable[[str], str]
+    oldest: float
+
+
+@dataclass(frozen=True)
 class RankFile:
     """What one rank's file holds. `chunks`: its weights by key, for each virtual pipeline chunk."""
 
@@ -40,6 +53,7 @@ class RankFile:
     content: Mapping[str, Any]
     args: Mapping[str, Any]
     chunks: tuple[Mapping[str, Tensor], ...]
+    version: float
 
     @property
     def folder(self) -> str:
@@ -65,6 +79,7 @@ class RankFiles:
     files: tuple[RankFile, ...]
     chunks: tuple[ChunkLayers, ...]
     placement: Placement
+    dialect: Dialect
 
     @property
     def args(self) -> Mapping[str, Any]:
@@ -84,7 +99,7 @@ class RankFiles:
         return {name: size for name, size in found.items() if size > 1 or name == "etp"}
 
 
-def open_files(path: Path) -> RankFiles:
+def open_files(path: Path, dialect: Dialect) -> RankFiles:
     """The rank files in the folder of an iteration.
 
     Raises:
@@ -93,12 +108,12 @@ def open_files(path: Path) -> RankFiles:
     folders = rank_folders(path)
     if not folders:
         raise TesselError(f"{path} holds no mp_rank_* folder, as Megatron's torch format does. Check the path.")
-    first = _read(next(iter(folders.values())), Place())
+    first = _read(next(iter(folders.values())), dialect)
     topology = _topology(first, list(folders))
     where = places(topology)
     _check_folders(path, first, topology, set(folders), set(where))
-    files = tuple(first if name == first.folder else _read(folders[name], Place()) for name in where)
-    files = tuple(RankFile(file.path, where[file.folder], file.content, file.args, file.chunks) for file in files)
+    files = tuple(first if name == first.folder else _read(folders[name], dialect) for name in where)
+    files = tuple(replace(file, place=where[file.folder]) for file in files)
     for file in files[1:]:
         wrong = [f"{name} {file.args.get(name)}" for name in _DEGREES if file.args.get(name) != first.args.get(name)]
         if wrong:
@@ -112,10 +127,10 @@ def open_files(path: Path) -> RankFiles:
                 "the folders are of different checkpoints. Take all from the same."
             )
     chunks, placement = _chunk_layers(files, topology)
-    return RankFiles(topology, files, chunks, placement)
+    return RankFiles(topology, files, chunks, placement, dialect)
 
 
-def _read(folder: Path, place: Place) -> RankFile:
+def _read(folder: Path, dialect: Dialect) -> RankFile:
     path = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
     if path is None:
         raise TesselError(f"{folder} has no {MODEL_FILES[0]}: the checkpoint is not complete. Copy it again.")
@@ -130,22 +145,35 @@ def _read(folder: Path, place: Place) -> RankFile:
     if not keys or (numbers and numbers != list(range(len(numbers)))):
         raise TesselError(f"{path} holds no model ({named(map(str, content))}). Take another copy of the checkpoint.")
     version = content.get("checkpoint_version", 0)
-    if not isinstance(version, int | float) or version < 2:
+    if not isinstance(version, int | float) or version < dialect.oldest:
         raise TesselError(
             f"{path} has checkpoint_version {version}, in which q, k and v lie in another order: it is read where the "
             "names are those of that time, and not with Megatron-core's."
         )
-    return RankFile(path, place, content, args, tuple(_weights(path, content[key]) for key in keys))
+    return RankFile(path, Place(), content, args, tuple(dialect.weights(path, content[key]) for key in keys), version)
 
 
 def _weights(path: Path, state: Any) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or "language_model" in state:
         raise TesselError(f"{path}: its weights have no names of Megatron-core's. Check the path and the format.")
+    return tensors_of(path, state)
+
+
+def tensors_of(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The weights of a state by their keys, after what stands beside them is left out.
+
+    Raises:
+        TesselError: there is something else among them.
+    """
     found = {str(key): value for key, value in state.items() if not str(key).endswith(_NO_WEIGHTS)}
     strangers = [key for key, value in found.items() if not isinstance(value, Tensor)]
     if strangers:
         raise TesselError(f"{path}: {named(strangers)} should be tensors, and are none. Take another copy.")
     return found
+
+
+CORE = Dialect(_weights, str, 2.0)
+"""The names of Megatron-core."""
 
 
 def _topology(first: RankFile, names: list[str]) -> Topology:
@@ -156,6 +184,8 @@ def _topology(first: RankFile, names: list[str]) -> Topology:
         tp, pp = (max(row[dim] if dim < len(row) else 0 for row in numbers) + 1 for dim in range(2))
         return model_parallel(tp, pp, 1, tp)
     tp, pp, ep = (args.get(name, 1) for name in _DEGREES)
+    if _DEGREES[0] not in args:
+        tp = args.get("model_parallel_size", 1)  # its name before checkpoint_version 3
     has_experts = args.get("num_experts") or args.get("num_local_experts")
     etp = (args.get("expert_tensor_parallel_size") if has_experts else None) or tp
     if args.get("moe_tp_extend_ep"):

@@ -51,6 +51,11 @@ class Entry:
         return tuple(dict.fromkeys(span.parameter for span in self.fused.spans))
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it is of experts, which expert parallelism deals out."""
+        return ".mlp.experts." in self.fused.spans[0].parameter
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """As it is stored."""
         if self.gemm is None:
