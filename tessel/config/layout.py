@@ -14,9 +14,9 @@ class Launch:
     """Processes. Under torchrun these come from its environment; --nproc-per-node starts them here."""
 
     nproc_per_node: int | None = option(None, "start so many processes on this machine, by torchrun's agent")
-    nnodes: str = option("1", "machines, or MIN:MAX for an elastic run (with --nproc-per-node)")
+    nnodes: str = option("1", "machines; a range for an elastic run (with --nproc-per-node)", metavar="N|MIN:MAX")
     node_rank: int = option(0, "number of this machine, from 0 (with --nproc-per-node)")
-    master_addr: str = option("127.0.0.1", "address of machine 0 (with --nproc-per-node)")
+    master_addr: str = option("127.0.0.1", "address of machine 0 (with --nproc-per-node)", metavar="HOST")
     master_port: int | None = option(None, "port on machine 0; a free one if not given (with --nproc-per-node)")
     max_restarts: int = option(0, "restarts after a failure (with --nproc-per-node)")
     distributed_timeout_minutes: float = option(10, "how long one operation between processes may take")
@@ -28,7 +28,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout: how model, sequences and samples are dealt out to the processes."""
+    """Layout of model, sequences and samples over the processes."""
 
     tensor_model_parallel_size: int = option(1, "processes that share each layer")
     sequence_parallel: bool = option(False, "tensor-parallel processes share the tokens between layers, too")
@@ -70,6 +70,8 @@ class Layout:
     )
     use_distributed_optimizer: bool = option(False, "at least --data-parallel-sharding-strategy optim")
     num_distributed_optimizer_instances: int = option(1, "groups that each hold the sharded state once")
-    overlap_grad_reduce: bool = option(False, "reduce gradients while backward goes on")
+    overlap_grad_reduce: bool = option(
+        False, "accepted: gradients are reduced while backward goes on in any case, in a pipeline after it"
+    )
     overlap_param_gather: bool = option(False, "gather the next layer's weights while one computes")
     grad_reduce_in_bf16: bool = option(False, "sum gradients over processes in bf16 instead of fp32")
