@@ -6,10 +6,12 @@ from pathlib import Path
 
 from tessel.checkpoint import huggingface, torch_file
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.legacy import open_legacy
 from tessel.checkpoint.mcore import open_torch
-from tessel.checkpoint.megatron_folder import RELEASE, TRACKER, iteration_name, rank_folders
+from tessel.checkpoint.megatron_folder import RELEASE, TRACKER, companions, find_iteration, iteration_name, rank_folders
 from tessel.checkpoint.run_model import open_run
 from tessel.checkpoint.stored import Format, StoredModel
+from tessel.checkpoint.torch_dist import open_torch_dist
 from tessel.checkpoint.weights import WEIGHT_FILES
 from tessel.errors import TesselError
 from tessel.runtime.files import require_path
@@ -74,9 +76,18 @@ def open_model(folder: str | Path, *, ckpt_step: int | None = None, hf_dir: str 
         return open_run(folder, ckpt_step)
     if kind == "torch":
         return open_torch(folder, ckpt_step=ckpt_step, hf_dir=hf_dir)
-    if kind is not None:
-        raise TesselError(f"{folder} is a checkpoint in the {kind} format, which cannot be read yet.")
+    if kind == "legacy":
+        return open_legacy(folder, ckpt_step=ckpt_step, hf_dir=hf_dir)
+    if kind == "torch_dist":
+        return open_torch_dist(folder, ckpt_step=ckpt_step, hf_dir=hf_dir)
     raise TesselError(_unknown(folder))
+
+
+def companion_folder(
+    folder: str | Path, *, ckpt_step: int | None = None, hf_dir: str | Path | None = None
+) -> Path | None:
+    """The folder with the config.json and tokenizer that belong to a Megatron checkpoint; None if there is none."""
+    return companions(find_iteration(folder, ckpt_step), hf_dir)
 
 
 def _unknown(folder: Path) -> str:

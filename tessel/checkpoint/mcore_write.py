@@ -10,8 +10,8 @@ import argparse
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,8 +51,12 @@ def write_torch(source: StoredModel, folder: str | Path, target: Target) -> None
         UsageError: degrees that do not fit the model.
         TesselError: the disk is full, or a tensor has values that its new dtype cannot hold.
     """
+    write_planned(plan_torch(source, target), source, folder, target)
+
+
+def write_planned(planned: Sequence[PlannedFile], source: StoredModel, folder: str | Path, target: Target) -> None:
+    """Write the files of an iteration, as `write_torch` does."""
     folder = Path(folder)
-    planned = plan_torch(source, target)
     with atomic_folder(folder / iteration_name(target.iteration)) as temporary:
         for file in planned:
             path = temporary / file.name
@@ -79,6 +83,24 @@ def plan_torch(source: StoredModel, target: Target) -> list[PlannedFile]:
     Raises:
         UsageError: degrees that do not fit the model.
     """
+    return plan_ranks(source, target, None)
+
+
+@dataclass(frozen=True)
+class Dress:
+    """Other names for what Megatron-core's stand for.
+
+    `shown`: a key as the file has it. `state`: a chunk's tensors as they are nested there. `args`: what its args say
+    besides.
+    """
+
+    shown: Callable[[str], str]
+    state: Callable[[Chunk], Mapping[str, object]]
+    args: Mapping[str, object]
+
+
+def plan_ranks(source: StoredModel, target: Target, dress: Dress | None) -> list[PlannedFile]:
+    """What `plan_torch` does, the names those of `dress`."""
     config = source.config
     rows = padded_rows(config, target)
     tensors = prepared(source, target, rows)
@@ -86,7 +108,7 @@ def plan_torch(source: StoredModel, target: Target) -> list[PlannedFile]:
     topology = model_parallel(target.tp, target.pp, target.ep if config.num_experts else 1, etp)
     if target.ep > 1 and not config.num_experts:
         raise UsageError(f"--expert-model-parallel-size {target.ep}: the model has no experts; leave it out.")
-    args = args_of(config, target, source, rows)
+    args = args_of(config, target, source, rows) | (dict(dress.args) if dress else {})
     padded = replace(config, vocab_size=rows)
     stages = numbered_stages(config.num_hidden_layers, target)
     planned = []
@@ -95,10 +117,13 @@ def plan_torch(source: StoredModel, target: Target) -> list[PlannedFile]:
         chunks = [_chunk(part, stage, numbers, tensors, target) for stage, numbers in stages[place.pp]]
         keys = ["model"] if target.num_chunks == 1 else [f"model{number}" for number in range(len(chunks))]
         named = {
-            f"{key}:{own}": tensor for key, chunk in zip(keys, chunks, strict=True) for own, tensor in chunk.items()
+            f"{key}:{dress.shown(own) if dress else own}": tensor
+            for key, chunk in zip(keys, chunks, strict=True)
+            for own, tensor in chunk.items()
         }
         by_key = dict(zip(keys, chunks, strict=True))
-        write = functools.partial(_write_rank, by_key, args, target, _biases(config, stages[place.pp], keys))
+        biases = _biases(config, stages[place.pp], keys)
+        write = functools.partial(_write_rank, by_key, args, target, biases, dress)
         planned.append(PlannedFile(f"{name}/{MODEL_FILES[0]}", named, write))
     return planned
 
@@ -190,6 +215,7 @@ def _write_rank(
     args: Mapping[str, object],
     target: Target,
     biases: Mapping[str, torch.Tensor],
+    dress: Dress | None,
     path: Path,
 ) -> None:
     content: dict[str, object] = {
@@ -199,7 +225,7 @@ def _write_rank(
     }
     for key, chunk in chunks.items():
         own = {name.partition(":")[2]: bias for name, bias in biases.items() if name.startswith(f"{key}:")}
-        content[key] = OrderedDict(_state(chunk, own, target))
+        content[key] = dress.state(chunk) if dress else OrderedDict(_state(chunk, own, target))
     if target.flavour != "v2":
         content["num_floating_point_operations_so_far"] = 0
     torch_file.write(path, content)

@@ -31,6 +31,19 @@ def _torch(model: StoredModel, target: Target) -> Written:
     return _in_iteration("torch", plan_torch(model, target), {}, model, target)
 
 
+def _legacy(model: StoredModel, target: Target) -> Written:
+    from tessel.checkpoint.legacy import plan_legacy
+
+    return _in_iteration("legacy", plan_legacy(model, target), {}, model, target)
+
+
+def _torch_dist(model: StoredModel, target: Target) -> Written:
+    from tessel.checkpoint.torch_dist_write import plan_torch_dist
+
+    plan = plan_torch_dist(model, target)
+    return _in_iteration("torch_dist", plan.files, plan.texts, model, target)
+
+
 def _in_iteration(
     kind: Format, files: Sequence[PlannedFile], texts: Mapping[str, bytes], model: StoredModel, target: Target
 ) -> Written:
@@ -49,7 +62,12 @@ def _in_iteration(
     return Written(kind, [replace(file, name=f"{folder}/{file.name}") for file in files], found)
 
 
-_WRITERS: dict[str, Callable[[StoredModel, Target], Written]] = {"hf": _hf, "torch": _torch}
+_WRITERS: dict[str, Callable[[StoredModel, Target], Written]] = {
+    "hf": _hf,
+    "torch": _torch,
+    "legacy": _legacy,
+    "torch_dist": _torch_dist,
+}
 
 
 def writer_of(name: str) -> Callable[[StoredModel, Target], Written]:
