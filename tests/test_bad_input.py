@@ -147,17 +147,15 @@ def test_a_save_that_holds_something_else(data: Path, tmp_path: Path, refused: R
     refused(flags(data, tmp_path / "out", 2), "hf exists and is no Hugging Face folder", "Move it away")
 
 
-@pytest.mark.parametrize("file", ["mp_rank_00/model_optim_rng.pt", "common.pt"])
-def test_a_megatron_checkpoint_is_named_as_one(file: str, data: Path, tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize("file", ["mp_rank_00/model_optim_rng.pt"])
+def test_a_damaged_megatron_checkpoint(file: str, data: Path, tmp_path: Path, refused: Refused) -> None:
     run = tmp_path / "megatron"
     weights = run / "iter_0000010" / file
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"x")
     (run / "latest_checkpointed_iteration.txt").write_text("10")
     for load in (run, run / "iter_0000010"):
-        refused(
-            loading(load, data, tmp_path / "out", 2), "is a Megatron checkpoint, which cannot be read yet", "Convert"
-        )
+        refused(loading(load, data, tmp_path / "out", 2), "model_optim_rng.pt was refused", "Take a copy")
     refused(flags(data, run, 2), "--save", "Megatron checkpoint", "Choose another folder")
 
 

@@ -254,6 +254,12 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def degrees_text(degrees: Mapping[str, int]) -> str:
+    """`TP2 PP4`; empty where all are 1."""
+    labels = {"tp": "TP", "pp": "PP", "chunks": "VPP", "ep": "EP", "etp": "ETP"}
+    return " ".join(f"{label}{degrees[key]}" for key, label in labels.items() if degrees.get(key, 1) > 1)
+
+
 @dataclass(frozen=True)
 class Target:
     """How a checkpoint that is cut by degrees is to be written.

@@ -242,7 +242,12 @@ class Tokenizer:
 class Checkpoint:
     """Checkpoints."""
 
-    load: str | None = option(None, "Hugging Face folder, or the folder of a run", metavar="DIR")
+    load: str | None = option(
+        None, "checkpoint: Hugging Face, a run, Megatron's torch or torch_dist, ModelLink's legacy", metavar="DIR"
+    )
+    hf_dir: str | None = option(
+        None, "config.json and tokenizer of a --load without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
+    )
     save: str | None = option(None, "folder to write checkpoints, metrics and the final hf/ folder to", metavar="DIR")
     save_interval: int | None = option(None, "iterations between checkpoints", aliases=("--persistent-save-interval",))
     save_hf_interval: int | None = option(

@@ -64,7 +64,10 @@ class SamplesConfig:
 class GenerateConfig:
     """Generation."""
 
-    load: str = option(REQUIRED, "Hugging Face folder, or the folder of a run", metavar="DIR")
+    load: str = option(REQUIRED, "Hugging Face folder, the folder of a run, or a Megatron checkpoint", metavar="DIR")
+    hf_dir: str | None = option(
+        None, "config.json and tokenizer of a --load without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
+    )
     prompt: tuple[str, ...] = option(REQUIRED, "texts to continue, one after another", nargs="+", metavar="TEXT")
     max_new_tokens: int = option(128, "most tokens to add to a prompt")
     temperature: float = option(1.0, "below 1 likelier, above 1 more varied")

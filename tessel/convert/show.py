@@ -15,13 +15,13 @@ from tessel.checkpoint.stored import (
     StoredTensor,
     Transposed,
     bounds,
+    degrees_text,
     name_of,
 )
 from tessel.convert.plan import Plan, size_of
 
 _MAX_PIECES = 6
 Box = list[tuple[int, int]]
-_DEGREES = {"tp": "TP", "pp": "PP", "chunks": "VPP", "ep": "EP", "etp": "ETP"}
 
 
 def bytes_text(num_bytes: int) -> str:
@@ -32,11 +32,6 @@ def bytes_text(num_bytes: int) -> str:
             return f"{num_bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
-
-
-def degrees_text(degrees: Mapping[str, int]) -> str:
-    """`TP2 PP4`; empty where all are 1."""
-    return " ".join(f"{label}{degrees[key]}" for key, label in _DEGREES.items() if degrees.get(key, 1) > 1)
 
 
 def source_lines(source: StoredModel) -> Iterator[str]:

@@ -28,12 +28,12 @@ def generate(cfg: GenerateConfig) -> None:
         TesselError: no model, no tokenizer, or a prompt that the model cannot take.
     """
     device = devices.resolve(cfg.device)
-    source = find_model(cfg.load)
-    config = ModelConfig.from_folder(source.folder)
+    source = find_model(cfg.load, cfg.hf_dir)
+    config = source.config()
     tokenizer = load_tokenizer(cfg.tokenizer, source.folder, config.vocab_size - 1)
     check_fits(tokenizer, config.vocab_size)
     prompts = [_encode(tokenizer, text, config) for text in cfg.prompt]
-    if Path(cfg.load) != source.folder:
+    if source.stored is not None or Path(cfg.load) != source.folder:
         _say(_describe(source))
     dtype = _dtype(cfg)
     kernels = choose(device, dtype, head_dim=config.head_dim)
@@ -115,6 +115,8 @@ def _dtype(cfg: GenerateConfig) -> torch.dtype:
 
 
 def _describe(source: ModelSource) -> str:
+    if source.stored is not None:
+        return "; ".join([f"a checkpoint in the {source.stored.format} format", *source.stored.guessed])
     if source.run is None:
         return f"the run's Hugging Face folder: {source.folder}"
     return f"the run has written no Hugging Face folder yet: its checkpoint of iteration {source.iteration}"

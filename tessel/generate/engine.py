@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.detect import companion_folder, format_of, open_model
+from tessel.checkpoint.fill import fill_model
+from tessel.checkpoint.stored import StoredModel
 from tessel.errors import TesselError
 from tessel.generate.cache import KeyValueCache
 from tessel.generate.sampling import Sampling, next_token
@@ -28,16 +31,24 @@ _FIRST_CAPACITY_TOKENS = 256
 class ModelSource:
     """`folder` has config.json, tokenizer and weights.
 
-    Where it is a run's checkpoint, the weights are those of `run` at `iteration` instead.
+    Where it is a run's checkpoint, the weights are those of `run` at `iteration` instead; where it is one of
+    another suite, those of `stored`, and `folder` is what stands beside them.
     """
 
     folder: Path
     run: Path | None = None
     iteration: int | None = None
+    stored: StoredModel | None = None
+
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return ModelConfig.from_folder(self.folder) if self.stored is None else self.stored.config
 
 
-def find_model(path: str | Path) -> ModelSource:
-    """The Hugging Face folder at `path`; or a run's own, hf/, the newest hf_*, else its latest checkpoint.
+def find_model(path: str | Path, hf_dir: str | Path | None = None) -> ModelSource:
+    """The Hugging Face folder at `path`; or a run's own, hf/, the newest hf_*, its latest checkpoint; or a foreign one.
+
+    `hf_dir`: config.json and tokenizer of a checkpoint that has none.
 
     Raises:
         TesselError: there is no model.
@@ -52,14 +63,17 @@ def find_model(path: str | Path) -> ModelSource:
         exports.append(path / run_checkpoint.EXPORT_FOLDER)
     if exports:
         return ModelSource(exports[-1])
+    if format_of(path) not in (None, "torch_dcp"):
+        stored = open_model(path, hf_dir=hf_dir)
+        return ModelSource(companion_folder(path, hf_dir=hf_dir) or path, iteration=stored.iteration, stored=stored)
     iteration = run_checkpoint.latest_iteration(path)
     if iteration is not None:
         return ModelSource(
             run_checkpoint.iteration_folder(path, iteration) / run_checkpoint.HF_FOLDER, run=path, iteration=iteration
         )
     raise TesselError(
-        f"--load {path} is neither a Hugging Face folder (config.json) nor the folder of a run "
-        f"({run_checkpoint.EXPORT_FOLDER}/, or {run_checkpoint.TRACKER} with iter_* folders)."
+        f"--load {path} is neither a Hugging Face folder (config.json), nor the folder of a run "
+        f"({run_checkpoint.EXPORT_FOLDER}/, or {run_checkpoint.TRACKER} with iter_* folders), nor Megatron's."
     )
 
 
@@ -79,10 +93,12 @@ def load_model(
     if not isinstance(source, ModelSource):
         source = find_model(source)
     device = torch.device(device)
-    config = ModelConfig.from_folder(source.folder)
+    config = source.config()
     with torch.device("meta"):
         model = Transformer(config, kernels or choose(device, dtype, head_dim=config.head_dim)).to(dtype)
-    if source.run is None or source.iteration is None:
+    if source.stored is not None:
+        fill_model(model, source.stored.tensors, device)
+    elif source.run is None or source.iteration is None:
         huggingface.load_into(model, source.folder, device)
     else:
         model.to_empty(device=device)

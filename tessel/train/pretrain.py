@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.stored import StoredModel
 from tessel.checkpoint.tiles import tiled
 from tessel.config.run import RunConfig, Schedule
 from tessel.data.build import Splits, build_datasets, num_samples_for
@@ -28,7 +29,7 @@ from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import Processes, on_every_node, process_group
 from tessel.runtime.team import Team
 from tessel.runtime.world import World
-from tessel.train import frugal
+from tessel.train import foreign, frugal
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
 from tessel.train.checks import check_layout, check_model_of_run
 from tessel.train.evaluation import Evaluator
@@ -173,6 +174,8 @@ class _Run:
     def _read_saved_state(self) -> dict[str, Any] | None:
         """The state of the checkpoint that the run goes on from; refused if it is of another run."""
         source = self._source
+        if source.stored is not None:
+            return self._foreign_state(source.stored)
         if source.kind not in (Kind.RESUME, Kind.RUN):
             return None
         assert source.folder is not None and source.iteration is not None
@@ -192,6 +195,14 @@ class _Run:
                 "optimizer's state (--no-save-optim). Pass --no-load-optim to go on with a fresh optimizer."
             )
         return state
+
+    def _foreign_state(self, stored: StoredModel) -> dict[str, Any] | None:
+        taken = foreign.is_of_a_run(stored) and not self._cfg.checkpoint.finetune
+        if taken and self._restores_optimizer:
+            foreign.require_optimizer(stored)
+        for line in foreign.account(stored, taken, self._restores_optimizer):
+            log(line)
+        return foreign.run_state(stored, self._identity, self._layout) if taken else None
 
     @property
     def _restores_optimizer(self) -> bool:
@@ -315,17 +326,20 @@ class _Run:
             return Position()
         assert source.folder is not None and source.iteration is not None
         if self._restores_optimizer:
-            tensors = self._learner.optimizer_tensors()
-            pieces = tiled(tensors, self._learner.tiles)
-            run_checkpoint.load_tensors(source.folder, source.iteration, pieces, self._team)
-            self._learner.keep_optimizer(tensors)
+            if source.stored is not None:
+                foreign.load_optimizer(source.stored, self._learner)
+            else:
+                tensors = self._learner.optimizer_tensors()
+                pieces = tiled(tensors, self._learner.tiles)
+                run_checkpoint.load_tensors(source.folder, source.iteration, pieces, self._team)
+                self._learner.keep_optimizer(tensors)
             for line in frugal.conversions(state.get("config", {}).get("memory", {}), self._cfg.memory):
                 log(line)
             self._scheduler.load_state_dict(state["scheduler"])
             if self._learner.scaler is not None and state["scaler"]:
                 self._learner.scaler.load_state_dict(state["scaler"])
         rng = None
-        if not flags.no_load_rng:
+        if not flags.no_load_rng and source.stored is None:
             same = state.get("layout", self._layout) == self._layout
             rng = run_checkpoint.read_rng(source.folder, source.iteration, self._team.rank, same)
         if rng is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.detect import companion_folder, format_of, open_model
+from tessel.checkpoint.stored import StoredModel, degrees_text
 from tessel.checkpoint.training import EXPORT_FOLDER
 from tessel.checkpoint.weights import WEIGHT_FILES
 from tessel.config.run import Checkpoint, ModelShape
@@ -25,17 +27,22 @@ class Kind(Enum):
     RESUME = "resume"
     RUN = "run"
     HUGGINGFACE = "huggingface"
+    FOREIGN = "foreign"
     RANDOM = "random"
 
 
 @dataclass(frozen=True)
 class Source:
-    """`folder` holds the weights (none for RANDOM), `model_folder` config.json and tokenizer, if any."""
+    """`folder` holds the weights (none for RANDOM), `model_folder` config.json and tokenizer, if any.
+
+    `stored`: the model of a FOREIGN checkpoint, which need not have a `model_folder`.
+    """
 
     kind: Kind
     folder: Path | None
     iteration: int | None
     model_folder: Path | None
+    stored: StoredModel | None = field(default=None, repr=False, compare=False)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -48,6 +55,10 @@ class Source:
             return f"starting from the run in {self.folder}, iteration {self.iteration}"
         if self.kind is Kind.HUGGINGFACE:
             return f"starting from the Hugging Face weights in {self.folder}"
+        if self.stored is not None:
+            words = [degrees_text(self.stored.degrees) or "one rank"]
+            words.append("a release" if self.iteration is None else f"iteration {self.iteration}")
+            return f"starting from the {self.stored.format} checkpoint in {self.folder}, {', '.join(words)}"
         shape = f"the shape in {self.model_folder}/config.json" if self.model_folder else "the shape flags"
         return f"starting from random weights of {shape}, as asked: there is no --load"
 
@@ -70,7 +81,15 @@ def find_source(checkpoint: Checkpoint, model: ModelShape) -> Source:
         return _run(Kind.RUN, load, checkpoint.ckpt_step)
     if (load / "config.json").is_file() and any((load / name).is_file() for name in WEIGHT_FILES):
         return Source(Kind.HUGGINGFACE, load, None, load)
+    if format_of(load) not in (None, "torch_dcp"):
+        return _foreign(load, checkpoint)
     raise TesselError(_no_weights(load))
+
+
+def _foreign(load: Path, checkpoint: Checkpoint) -> Source:
+    stored = open_model(load, ckpt_step=checkpoint.ckpt_step, hf_dir=checkpoint.hf_dir)
+    model_folder = companion_folder(load, ckpt_step=checkpoint.ckpt_step, hf_dir=checkpoint.hf_dir)
+    return Source(Kind.FOREIGN, load, stored.iteration, model_folder, stored)
 
 
 def agreed(source: Source, layout: Mapping[str, Any], team: Team) -> Source:
@@ -90,7 +109,7 @@ def agreed(source: Source, layout: Mapping[str, Any], team: Team) -> Source:
             f"process {other} from {_words(found[other])}. Give folders that all machines share, or pass "
             "--no-shared-storage."
         )
-    runs = [what for what in found if what[2] is not None]
+    runs = [what for what in found if what[0] in (Kind.RESUME.value, Kind.RUN.value)]
     if not runs:
         return source
     kind, folder, iteration = max(runs, key=lambda what: (what[0] == Kind.RESUME.value, what[2] or 0))
@@ -176,11 +195,6 @@ def _no_weights(load: Path) -> str:
     message = f"--load {load} holds no weights that can be read: looked for {looked_for}."
     if load.is_file():
         return f"--load {load} is a file. Give the folder that holds it: {load.parent}."
-    if is_megatron_checkpoint(load):
-        return (
-            f"--load {load} is a Megatron checkpoint, which cannot be read yet. "
-            "Convert it to a Hugging Face folder with the tool of the suite that wrote it, and load that."
-        )
     iterations = run_checkpoint.saved_iterations(load.absolute().parent)
     if run_checkpoint.iteration_of(load.absolute()) in iterations:
         return (
