@@ -13,6 +13,7 @@ import argparse
 import collections
 import io
 import pickle
+import pickletools
 import signal
 import struct
 import types
@@ -44,6 +45,13 @@ STORAGE_KINDS = {
     torch.uint8: "ByteStorage",
     torch.bool: "BoolStorage",
 }
+# What pickle.Pickler makes of plain values, tensors and the list's classes; others reach buffers and other registries.
+_INSTRUCTIONS = frozenset(
+    "PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE "
+    "SHORT_BINBYTES BINBYTES EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM "
+    "SETITEMS EMPTY_SET ADDITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD "
+    "BINPERSID".split()
+)
 _ALIGNMENT = 64
 _WRITE_BYTES = 32 * 2**20
 # What torch's restricted unpickler, and the zip reader, were seen to raise on damaged files.
@@ -168,13 +176,24 @@ def _unwanted(path: Path, name: str) -> TesselError:
 
 
 def _is_newer_protocol(path: Path) -> bool:
+    """Whether its pickle is one for `_RestrictedPickle`, after a look at its instructions."""
     with zipfile.ZipFile(path) as archive:
-        name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
-        if name is None:
-            return False
-        with archive.open(name) as file:
-            start = file.read(2)
-    return len(start) == 2 and start[0] == pickle.PROTO[0] and start[1] > 2
+        pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1:
+            raise pickle.UnpicklingError(f"it has {len(pickles)} entries data.pkl")
+        data = archive.read(pickles[0])
+    if len(data) < 2 or data[0] != pickle.PROTO[0] or data[1] <= 2:
+        return False
+    highest, num_instructions = 0, 0
+    for instruction, argument, _ in pickletools.genops(data):
+        num_instructions += 1
+        if instruction.name not in _INSTRUCTIONS:
+            raise pickle.UnpicklingError(f"it has the instruction {instruction.name}")
+        if instruction.name in ("BINPUT", "LONG_BINPUT"):
+            highest = max(highest, int(argument or 0))
+    if highest > num_instructions:
+        raise pickle.UnpicklingError("it numbers its objects with gaps, which would take memory")
+    return True
 
 
 class _Function:
