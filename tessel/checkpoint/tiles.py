@@ -92,15 +92,15 @@ def part_of(tensor: Tensor, tile: Tile | None = None) -> Part:
 
 def local_of(tensor: Tensor) -> Tensor:
     """This process's part of a distributed tensor, not a copy; a plain tensor itself."""
-    return _local(tensor)[0]
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The local tensor and where it begins in the tensor that is shared out."""
+    local = local_of(tensor)
     if not isinstance(tensor, DTensor):
-        return tensor.detach(), (0,) * tensor.dim()
+        return local, (0,) * tensor.dim()
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    local: Tensor = tensor.to_local().detach()
     assert tuple(local.shape) == tuple(shape), f"{tuple(local.shape)} held, {tuple(shape)} expected"
     return local, tuple(offset)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
+from tessel.checkpoint.tiles import local_of
 from tessel.layout.sharding import ParamRule
 from tessel.layout.tiles import tile_of
 from tessel.parallel.groups import Groups
@@ -50,7 +50,7 @@ class PartialSums:
     def __call__(self) -> None:
         """Sum, in place. Every rank must call it."""
         for group, parameters in self._work:
-            gradients = [_local(_gradient(parameter)) for parameter in parameters]
+            gradients = [local_of(_gradient(parameter)) for parameter in parameters]
             small = [gradient for gradient in gradients if gradient.numel() <= _BUCKET_ELEMENTS]
             for gradient in gradients:
                 if gradient.numel() > _BUCKET_ELEMENTS:
@@ -73,10 +73,6 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _all_reduce_together(tensors: list[Tensor], group: ProcessGroup) -> None:

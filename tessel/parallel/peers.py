@@ -22,6 +22,11 @@ class Peers:
         return Topology() if self._groups is None else self._groups.topology
 
     @property
+    def device(self) -> torch.device:
+        """Where tensors must lie to be added up."""
+        return torch.device("cpu") if self._groups is None else self._groups.device
+
+    @property
     def num_processes(self) -> int:
         """Processes of the run."""
         return 1 if self._groups is None else self._groups.topology.world_size
@@ -67,7 +72,7 @@ class Peers:
         """The largest of a small whole number over every process."""
         if self._groups is None or self.num_processes == 1:
             return number
-        return int(self.largest(torch.tensor([float(number)], device=self._groups.device)))
+        return int(self.largest(torch.tensor([float(number)], device=self.device)))
 
 
 def _all_reduce(values: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType) -> Tensor:

@@ -6,6 +6,7 @@ torch's optimizers, as long as the state is fp32.
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,9 @@ def conversions(saved: Mapping[str, Any], memory: Memory) -> list[str]:
 
 @dataclass(frozen=True)
 class _Job:
-    """The update of one parameter; `number` counts them."""
+    """The update of one parameter."""
 
-    number: int
+    name: str
     group: dict[str, Any]
     parameter: nn.Parameter
     weight: Tensor
@@ -100,7 +101,9 @@ class FrugalOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self._memory = memory
         self._is_adam = config.optimizer == "adam"
-        device = self.param_groups[0]["params"][0].device
+        # A pipeline stage may have no parameters.
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        device = next((parameter.device for parameter in parameters), torch.device("cpu"))
         self._weights = HostCopies(device, pin=not memory.no_pin_cpu_params)
         self._gradients = HostCopies(device, pin=not memory.no_pin_cpu_grads)
         self._places = self._chosen_places()
@@ -151,15 +154,13 @@ class FrugalOptimizer(torch.optim.Optimizer):
         self._step_on_host(jobs["host"])
 
     def _jobs(self) -> Iterator[_Job]:
-        number = 0
         for group in self.param_groups:
-            for parameter in group["params"]:
-                number += 1
+            for name, parameter in zip(group["names"], group["params"], strict=True):
                 if parameter.grad is None:
                     continue
                 kept = {name: value for name, value in self.state[parameter].items() if name != "step"}
                 states = {name: local_state(value, name == "exp_avg") for name, value in kept.items()}
-                yield _Job(number, group, parameter, local_of(parameter), local_of(parameter.grad), states)
+                yield _Job(name, group, parameter, local_of(parameter), local_of(parameter.grad), states)
 
     def _step_swapped(self, jobs: Sequence[_Job]) -> None:
         """Bring each state to the device, update there, and send it back."""
@@ -219,8 +220,9 @@ class FrugalOptimizer(torch.optim.Optimizer):
         if first.values.dtype is second.values.dtype is torch.float32:
             adam(weight, gradient, first.values, second.values)
         else:
-            # The same numbers are drawn again where a run goes on.
-            generator = torch.Generator(weight.device).manual_seed((int(step) << 24) + job.number)
+            # The same numbers are drawn again where a run goes on, and for a tied embedding on both of its stages.
+            seed = (int(step) << 32) + zlib.crc32(job.name.encode())
+            generator = torch.Generator(weight.device).manual_seed(seed)
             for part in parts_of(weight.numel()):
                 m, v = read(first, part), read(second, part)
                 adam(weight.view(-1)[part], gradient.reshape(-1)[part], m, v)

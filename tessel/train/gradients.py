@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tessel.checkpoint.tiles import local_of
 from tessel.parallel.peers import Peers
-from tessel.train.optimizer import clip_, gradient_norm, local, norms_of, num_zeros
+from tessel.train.optimizer import clip_, norm_of, norms_of, num_zeros
 
 
 class Gradients:
@@ -53,7 +54,7 @@ class Gradients:
 
     def params_norm(self) -> float:
         """L2 norm over all elements of the trainable parameters."""
-        names, parameters = self._split([(name, local(p).detach()) for name, p in self._parameters.items()])
+        names, parameters = self._split([(name, local_of(p)) for name, p in self._parameters.items()])
         return self._norm(names, parameters)
 
     @torch.no_grad()
@@ -79,18 +80,19 @@ class Gradients:
         return float(self._peers.largest(largest))
 
     def _named(self) -> list[tuple[str, Tensor]]:
-        return [(name, local(p.grad).detach()) for name, p in self._parameters.items() if p.grad is not None]
+        return [(name, local_of(p.grad)) for name, p in self._parameters.items() if p.grad is not None]
 
     def _split(self, named: Sequence[tuple[str, Tensor]]) -> tuple[list[str], list[Tensor]]:
         return [name for name, _ in named], [tensor for _, tensor in named]
 
     def _device(self) -> torch.device:
-        return next((local(p).device for p in self._parameters.values()), torch.device("cpu"))
+        # A pipeline stage may have no parameters.
+        return next((p.device for p in self._parameters.values()), self._peers.device)
 
     @torch.no_grad()
     def _norm(self, names: Sequence[str], tensors: Sequence[Tensor]) -> float:
         if self._peers.num_processes == 1:
-            return float(gradient_norm(tensors))
+            return float(norm_of(tensors))
         total = torch.zeros(1, dtype=torch.float64, device=self._device())
         for name, norm in zip(names, norms_of(tensors), strict=True):
             total += norm.double().square() / self._copies.get(name, 1)

@@ -1,7 +1,7 @@
 """Optimizer, its parameter groups, and what is measured and done on gradients.
 
 Everything here takes lists of parameters or tensors and looks at this process's part of each
-(`local`), so that it works on whole parameters and on shards alike.
+(`local_of`), so that it works on whole parameters and on shards alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from tessel.config.memory import Memory
 from tessel.config.run import Optimizer as OptimizerConfig
-from tessel.errors import TesselError
 from tessel.layout.sharding import parameters as sharding_rules
 from tessel.model.config import ModelConfig
 from tessel.train import frugal
@@ -27,11 +26,6 @@ from tessel.train.state import Blockwise
 NORM_ROW_ELEMENTS = 16_384
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a distributed tensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], model_config: ModelConfig, optimizer: OptimizerConfig
 ) -> list[dict[str, Any]]:
@@ -40,6 +34,8 @@ def parameter_groups(
     As in Megatron, biases and norms have no weight decay, and --decoupled-lr is for the embedding and
     the output layer. A group holds `params`, `names` (in the same order), `wd_mult` (1.0 or 0.0),
     `is_decoupled_lr` and, with a decoupled rate, its `max_lr` and `min_lr` (read by `Scheduler.apply`).
+    The group that decays by --lr is always there, if only empty: a pipeline stage may have no parameters, or
+    the embedding alone, and its rate is the one that is logged.
     """
     rules = sharding_rules(model_config)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
@@ -52,6 +48,7 @@ def parameter_groups(
         group = groups.setdefault(key, _empty_group(rule.weight_decay, decoupled, optimizer))
         group["params"].append(parameter)
         group["names"].append(name)
+    groups.setdefault((True, False), _empty_group(True, False, optimizer))
     return list(groups.values())
 
 
@@ -89,9 +86,13 @@ def build_optimizer(
     else:
         kind = torch.optim.SGD
         common |= {"momentum": config.sgd_momentum}
+    # torch's fused SGD does not know what to do with distributed tensors.
+    can_fuse = config.optimizer == "adam" or not any(
+        isinstance(p, DTensor) for group in groups for p in group["params"]
+    )
     try:
         # One pass over memory: on CPU three times as fast as the other forms, and equal to rounding.
-        optimizer = kind(groups, fused=True, **common)  # type: ignore[call-arg]
+        optimizer = kind(groups, fused=can_fuse, **common)  # type: ignore[call-arg]
     except RuntimeError:  # torch has no fused form for this device or dtype
         optimizer = kind(groups, fused=False, **common)  # type: ignore[call-arg]
     _allocate_state(optimizer)
@@ -116,15 +117,18 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
 def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float | None]:
     """The present learning rate, and the decoupled one where there is one, as logged.
 
-    Where every parameter is decoupled, the first is the decoupled one too. As in Megatron, which reduces
-    it over ranks, the first is rounded to fp32.
+    As in Megatron, which reduces it over ranks, the first is rounded to fp32.
     """
-    rates = {bool(group.get("is_decoupled_lr")): float(group["lr"]) for group in optimizer.param_groups}
-    return float(np.float32(rates.get(False, rates.get(True, 0.0)))), rates.get(True)
+    rates = {bool(group["is_decoupled_lr"]): float(group["lr"]) for group in optimizer.param_groups}
+    return float(np.float32(rates[False])), rates.get(True)
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all elements of all tensors: scalar fp32, on the first one's device."""
+@torch.no_grad()
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all elements of local tensors: scalar fp32, on the first one's device.
+
+    Infinite or NaN where one of them is.
+    """
     if not tensors:
         return torch.zeros((), dtype=torch.float32)
     # Short ones first: rounding depends on the order.
@@ -155,23 +159,6 @@ def _norms_of_rows(tensor: Tensor) -> list[Tensor]:
     rows = flat[:num_in_rows].view(-1, NORM_ROW_ELEMENTS)
     in_rows = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
     return [in_rows, torch.linalg.vector_norm(flat[num_in_rows:], dtype=torch.float32)]
-
-
-def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """This process's part of every gradient that there is."""
-    return [local(p.grad).detach() for p in parameters if p.grad is not None]
-
-
-@torch.no_grad()
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all elements of local gradients: scalar fp32. Infinite or NaN where one of them is."""
-    return _norm(gradients)
-
-
-@torch.no_grad()
-def params_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm of this process's parameters: scalar fp32."""
-    return _norm([local(p).detach() for p in parameters])
 
 
 @torch.no_grad()
@@ -215,28 +202,3 @@ def keep_state(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Tensor]) -
     for full_name, state, key in _named_state(optimizer):
         if isinstance(kept := state[key], Blockwise):
             kept.encode_(loaded[full_name])
-
-
-@torch.no_grad()
-def load_state_by_name(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Copy what `state_by_name` gave into an optimizer over the same parameters.
-
-    Raises:
-        TesselError: an entry is missing, surplus or of another shape.
-    """
-    own = state_by_name(optimizer)
-    missing, surplus = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    reshaped = sorted(name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape)
-    problems = [
-        f"{what} {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        for what, names in (("missing:", missing), ("surplus:", surplus), ("of another shape:", reshaped))
-        if names
-    ]
-    if problems:
-        raise TesselError(
-            f"The saved optimizer state does not fit this model and optimizer ({'; '.join(problems)}). "
-            "Give --no-load-optim to start with a fresh optimizer."
-        )
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
-    keep_state(optimizer, own)

@@ -92,7 +92,7 @@ CASES: tuple[Case, ...] = (
     Case("TP4+SP, 2 KV heads", 4, _TP4 + _SP, "qwen3", "documents"),
     Case("PP2", 2, _PP2, "llama", "per-token"),
     Case("PP2 tied, batch ramp", 2, _PP2, "qwen3", "ramp"),
-    Case("PP4 uneven", 4, _PP4 + "--num-layer-list 1,2,1,0", "qwen2"),
+    Case("PP4 uneven", 4, _PP4 + "--num-layer-list 3,0,1,0", "qwen2"),
     Case("PP2 VPP2", 2, _PP2 + "--num-layers-per-virtual-pipeline-stage 1", "qwen2-tied"),
     Case("PP2 interleaved zero bubble", 2,
          _PP2 + "--num-layers-per-virtual-pipeline-stage 1 --pipeline-schedule interleaved-zero-bubble", "qwen2"),
