@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from tessel.download import hub, modelscope
 from tessel.download.remote import Expected, Listing, RemoteFile, inside
@@ -25,8 +25,14 @@ def list_address(url: str, sha256: str | None) -> Listing:
     Raises:
         UsageError: the address is of a page of a hub, or has no file's name.
     """
-    parts = urlsplit(url)
-    if not parts.hostname:
+    try:
+        # As browsers do with what is not ASCII or a space.
+        url = quote(url.strip(), safe="%/:=&?~#+!$,;'@()*[]")
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise UsageError(f"{url!r} is no web address ({error}).") from error
+    if not host:
         raise UsageError(f"{url!r} is no web address: it names no host.")
     _refuse_page(url)
     name = unquote(parts.path.rsplit("/", 1)[-1])

@@ -7,6 +7,7 @@ becomes a copy of it.
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -102,8 +103,8 @@ def unpack(archive: Path, folder: Path) -> dict[str, Digest]:
                 f"{archive} is no whole archive: {str(error) or type(error).__name__}. Download it again."
             ) from error
         except OSError as error:
-            # bz2 and lzma say so of damage; the system's own errors have a number.
-            if error.errno is not None:
+            # bz2 says so of damage, and zipfile seeks where a damaged list sends it; the system's errors have a number.
+            if error.errno not in (None, errno.EINVAL):
                 raise
             raise TesselError(f"{archive} is no whole archive: {error}. Download it again.") from error
         finally:
@@ -154,7 +155,7 @@ def _make_folder(archive: Path, folder: Path) -> None:
 
 
 def _write(archive: Path, source: IO[bytes], target: Path, left_bytes: int, limit_bytes: int) -> Digest:
-    hasher = Hasher(None)
+    hasher = Hasher()
     with open(target, "xb") as file:
         while piece := source.read(CHUNK_BYTES):
             hasher.update(piece)

@@ -31,12 +31,12 @@ class Digest:
 class Hasher:
     """The hashes of a content that comes in pieces."""
 
-    def __init__(self, size: int | None) -> None:
-        """`size` in bytes, if it is known beforehand: git's hash needs it."""
+    def __init__(self, git_size: int | None = None) -> None:
+        """`git_size`: the content's size in bytes, where git's hash is wanted too."""
         self.size = 0
         self._sha256 = hashlib.sha256()
         # git names contents by it; nothing here relies on it against an enemy where a sha256 is known.
-        self._git = None if size is None else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        self._git = None if git_size is None else hashlib.sha1(b"blob %d\0" % git_size, usedforsecurity=False)
 
     def update(self, piece: bytes) -> None:
         """Take the next piece."""
@@ -50,14 +50,13 @@ class Hasher:
         return Digest(self.size, self._sha256.hexdigest(), None if self._git is None else self._git.hexdigest())
 
 
-def digest_of(path: Path, advance: Callable[[int], None] | None = None) -> Digest:
-    """The hashes of a file, read from end to end."""
-    hasher = Hasher(path.stat().st_size)
+def digest_of(path: Path, advance: Callable[[int], None], with_git: bool = False) -> Digest:
+    """The hashes of a file, read from end to end; `advance` is told how many bytes were."""
+    hasher = Hasher(path.stat().st_size if with_git else None)
     with open(path, "rb") as file:
         while piece := file.read(CHUNK_BYTES):
             hasher.update(piece)
-            if advance is not None:
-                advance(len(piece))
+            advance(len(piece))
     return hasher.digest()
 
 

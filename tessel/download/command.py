@@ -21,7 +21,7 @@ from tessel.download.verify import verify
 from tessel.errors import TesselError, UsageError
 from tessel.runtime.files import require_free, require_path, require_writable
 from tessel.runtime.impostor import SNIFFED_BYTES, impostor
-from tessel.runtime.log import log
+from tessel.runtime.log import log, progress
 
 RETRIES = Retries()
 
@@ -79,14 +79,12 @@ def _bring(
 
 def _refuse_path(repo: str) -> None:
     """A path of this machine where a repository is meant."""
-    if Path(repo).is_dir() and (repo.startswith((".", "/", "~")) or (Path(repo) / "config.json").is_file()):
-        raise UsageError(
-            f"{repo} is a folder on this machine: there is nothing to fetch. To check it, give --verify {repo}; to "
-            "fetch a repository of that name, run this elsewhere."
-        )
     if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or "\\" in repo:
         path = require_path(Path(repo).expanduser(), "REPO")
-        raise UsageError(f"REPO is {path}, which is on this machine; give OWNER/NAME or an http(s) address.")
+        raise UsageError(
+            f"REPO is {path}, which is on this machine: there is nothing to fetch. Give OWNER/NAME or an http(s) "
+            f"address; to check what was downloaded, --verify {path}."
+        )
 
 
 def _sums_for(folder: Path, sums_file: Path | None) -> tuple[dict[str, str], str]:
@@ -131,7 +129,8 @@ def _is_here(file: RemoteFile, folder: Path, record: Record) -> bool:
         )
     if file.expected.size not in (None, path.stat().st_size):
         return False
-    digest = digest_of(path)
+    with progress(f"checking {file.path} (MB)", path.stat().st_size / 1e6) as display:
+        digest = digest_of(path, lambda count: display.advance(count / 1e6), file.expected.git_sha1 is not None)
     with open(path, "rb") as opened:
         found = impostor(opened.read(SNIFFED_BYTES))
     if difference(digest, file.expected) is not None or is_out_of_place(found, file):

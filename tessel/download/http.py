@@ -145,10 +145,10 @@ def ask(
         response = _opener().open(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         return _unwelcome(error, url, begin)
+    except (ValueError, http.client.InvalidURL) as error:
+        raise UsageError(f"{url!r} is no web address ({error}).") from error
     except (OSError, http.client.HTTPException) as error:
         raise Broken(_reason(error)) from error
-    except ValueError as error:
-        raise UsageError(f"{url!r} is no web address ({error}).") from error
     coding = response.headers.get("Content-Encoding", "identity")
     if coding.lower() != "identity":
         raise TesselError(f"{shown(url)} comes as {coding}, though it was asked for as it is. Try another mirror.")

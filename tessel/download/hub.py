@@ -13,7 +13,6 @@ from tessel import __version__
 from tessel.config.nearest import nearest
 from tessel.download.remote import Expected, Listing, RemoteFile, inside, named
 from tessel.errors import TesselError, UsageError
-from tessel.runtime.files import require_path
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -173,13 +172,12 @@ def _not_found(endpoint: str, repo: str, repo_type: str) -> str:
 
 def _if_a_path(repo: str) -> str:
     """What is there on this machine, if REPO was meant as a path."""
-    if not Path(repo).parent.is_dir() or Path(repo).parent == Path():
-        return ""
+    folder = Path(repo).parent
     try:
-        require_path(repo, "As a path")
-    except TesselError as error:
-        return f" {error}"
-    return ""
+        near = nearest(Path(repo).name, [entry.name for entry in folder.iterdir()], similarity=0.5)
+    except OSError:
+        return ""
+    return f" On this machine {folder.absolute()} holds {named(near)}." if near else ""
 
 
 def _no_revision(api: HfApi, repo: str, repo_type: str, revision: str, transport: type[Exception]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from tessel.errors import TesselError
 from tessel.runtime.files import is_disk_full
 from tessel.runtime.log import progress
 
-_JOIN_S = 2.0
+_JOIN_S = 1.0
 _Outcome = tuple[RemoteFile, Digest | BaseException]
 
 
@@ -36,8 +37,10 @@ def fetch_all(
     stop, waiting, outcomes = threading.Event(), queue.SimpleQueue[RemoteFile](), queue.SimpleQueue[_Outcome]()
     for file in sorted(files, key=lambda file: -(file.expected.size or 0)):
         waiting.put(_continued(file, folder, record))
+    # Before the first byte: what a killed process leaves is only continued where the record says what it is.
+    record.save()
     failed: dict[str, BaseException] = {}
-    with progress("MB", total_bytes / 1e6 if total_bytes else None) as display:
+    with progress("downloading (MB)", total_bytes / 1e6 if total_bytes else None) as display:
         lock = threading.Lock()
 
         def advance(num_bytes: int) -> None:
@@ -71,8 +74,9 @@ def fetch_all(
                     raise outcome
         finally:
             stop.set()
+            deadline_s = time.monotonic() + _JOIN_S
             for thread in threads:
-                thread.join(_JOIN_S)
+                thread.join(max(0.0, deadline_s - time.monotonic()))
             record.save()
     if failed:
         raise TesselError(_failures(listing, failed, len(files)))
@@ -106,11 +110,10 @@ def _failures(listing: Listing, failed: dict[str, BaseException], num_files: int
         text = (listing.refused(error.status) if isinstance(error, Refused) else None) or str(error)
         texts.setdefault(text, []).append(path)
     lines = [
-        text if len(paths) == 1 and (num_files == 1 or paths[0] in text) else f"{named(paths)}: {text}"
+        text if num_files == 1 or text.startswith((f"{paths[0]}:", f"{paths[0]} ")) else f"{named(paths)}: {text}"
         for text, paths in texts.items()
     ]
     if num_files > 1:
-        lines.append(
-            f"{len(failed)} of {num_files} files did not come. The others did; run the same command again for these."
-        )
+        others = "" if len(failed) == num_files else " The others did; run the same command again for these."
+        lines.append(f"{len(failed)} of {num_files} files did not come.{others}")
     return "\n".join(lines)

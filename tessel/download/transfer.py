@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from tessel.download.checksums import CHUNK_BYTES, Digest, Hasher, difference
 from tessel.download.http import Answer, Broken, RangeRefused, ask, shown
-from tessel.download.remote import RemoteFile
+from tessel.download.remote import Expected, RemoteFile
 from tessel.errors import TesselError
 from tessel.runtime.files import disk_errors
 from tessel.runtime.impostor import SNIFFED_BYTES, Impostor, impostor
@@ -57,12 +57,13 @@ class Line:
 class _Partial:
     """The bytes that are here, and their hashes."""
 
-    def __init__(self, path: Path, size: int | None, advance: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, expected: Expected, advance: Callable[[int], None]) -> None:
         self.path = path
-        self._size = size
+        self._is_empty = expected.size == 0
+        self._git_size = expected.size if expected.git_sha1 is not None else None
         self._advance = advance
         self._file: IO[bytes] = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
-        self.hasher = Hasher(size)
+        self.hasher = Hasher(self._git_size)
         self.start = b""
         """The first bytes, as far as impostors show in them."""
         while piece := self._file.read(CHUNK_BYTES):
@@ -83,7 +84,7 @@ class _Partial:
         self._advance(-self.length)
         self._file.seek(0)
         self._file.truncate()
-        self.hasher, self.start = Hasher(self._size), b""
+        self.hasher, self.start = Hasher(self._git_size), b""
 
     def _count(self, piece: bytes) -> None:
         self.hasher.update(piece)
@@ -95,7 +96,7 @@ class _Partial:
         """Leave what is there for the next attempt; an empty file is no use to it."""
         os.fsync(self._file.fileno())
         self._file.close()
-        if self.length == 0 and self._size != 0:
+        if self.length == 0 and not self._is_empty:
             self.path.unlink()
 
 
@@ -113,7 +114,7 @@ def fetch(file: RemoteFile, target: Path, line: Line) -> Digest:
         target.parent.mkdir(parents=True, exist_ok=True)
         wrong = ""
         for _ in range(2):
-            partial = _Partial(incomplete, file.expected.size, line.advance)
+            partial = _Partial(incomplete, file.expected, line.advance)
             try:
                 _complete(file, partial, line)
             finally:

@@ -101,7 +101,7 @@ def _impostors(folder: Path) -> dict[str, str]:
 def _differences(folder: Path, expected: dict[str, Expected], workers: int, named_already: dict[str, str]) -> list[str]:
     sizes = {path: _size(inside(folder, path, "the record")) for path in expected}
     lock = threading.Lock()
-    with progress("MB", sum(size or 0 for size in sizes.values()) / 1e6) as display:
+    with progress("checking (MB)", sum(size or 0 for size in sizes.values()) / 1e6) as display:
 
         def advance(num_bytes: int) -> None:
             with lock:
