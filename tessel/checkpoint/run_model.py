@@ -41,6 +41,9 @@ def open_run(folder: Path, ckpt_step: int | None = None) -> StoredModel:
     config = ModelConfig.from_folder(metadata)
     stored = read_folder(path).tensors
     tensors = _weights(path, config, stored)
+    optimizer = {
+        name.removeprefix(_OPTIMIZER): tensor for name, tensor in stored.items() if name.startswith(_OPTIMIZER)
+    }
     weights_only = bool(state.get("weights_only"))
     return StoredModel(
         "torch_dcp",
@@ -50,14 +53,8 @@ def open_run(folder: Path, ckpt_step: int | None = None) -> StoredModel:
         iteration=None if weights_only else iteration,
         degrees=_degrees(state),
         args=state.get("config") or {},
-        optimizer={
-            name.removeprefix(_OPTIMIZER): tensor for name, tensor in stored.items() if name.startswith(_OPTIMIZER)
-        },
-        state={
-            "consumed_train_samples": state["consumed_train_samples"],
-            "opt_param_scheduler": state["scheduler"],
-            "grad_scaler": state["scaler"],
-        },
+        optimizer=optimizer,
+        state={} if weights_only else _numbers(state, optimizer),
         side_files=companion.read(metadata),
     )
 
@@ -79,6 +76,16 @@ def _weights(path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]
     if problems:
         raise TesselError(f"The tensors in {path} are not those of its config.json: {'; '.join(problems)}.")
     return {name: found[name] for name in wanted}
+
+
+def _numbers(state: Mapping[str, Any], optimizer: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    numbers = {
+        "consumed_train_samples": state["consumed_train_samples"],
+        "opt_param_scheduler": state["scheduler"],
+        "grad_scaler": state["scaler"],
+    }
+    steps = next((tensor for name, tensor in optimizer.items() if name.startswith("step.")), None)
+    return numbers if steps is None else numbers | {"step": int(steps.read())}
 
 
 def _degrees(state: Mapping[str, Any]) -> dict[str, int]:

@@ -92,6 +92,9 @@ class ConvertConfig:
         None, "config.json and tokenizer of a checkpoint without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
     )
     params_dtype: str | None = option(None, "dtype to write; as stored if not given", choices=PARAMS_DTYPES)
+    with_optimizer: bool = option(
+        False, "take moments, fp32 weights, schedule and counters of a training run along (torch_dist, torch_dcp)"
+    )
     dry_run: bool = option(False, "print which input makes which output, and write nothing")
     force: bool = option(False, "replace a checkpoint that is already in --save")
     verify: str = option(

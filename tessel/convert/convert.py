@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tessel
 from tessel.checkpoint.detect import format_of, open_model
+from tessel.checkpoint.run_write import MOMENTS, masters
 from tessel.checkpoint.stored import StoredModel, name_of
 from tessel.config.convert import ConvertConfig
 from tessel.convert import show
 from tessel.convert.compare import Comparison, compare
 from tessel.convert.plan import Plan, casts, plan_for, require_apart, require_no_overflow
 from tessel.convert.work import MANIFEST, Work, begin
-from tessel.errors import TesselError
+from tessel.errors import TesselError, UsageError
 from tessel.runtime.files import require_writable
 from tessel.runtime.log import log
 
@@ -30,6 +32,9 @@ def convert(cfg: ConvertConfig) -> None:
     load, save = Path(cfg.load), Path(cfg.save)
     source = open_model(load, ckpt_step=cfg.ckpt_step, hf_dir=cfg.hf_dir)
     plan = plan_for(cfg, source)
+    _check_optimizer(cfg, source)
+    if source.optimizer and not cfg.with_optimizer:
+        log("the optimizer's state stays behind: --load of tessel pretrain takes it, and --with-optimizer does here")
     for line in (*show.source_lines(source), show.target_line(plan, save), *casts(source, plan.target.dtype)):
         log(line)
     if cfg.dry_run:
@@ -44,6 +49,25 @@ def convert(cfg: ConvertConfig) -> None:
         comparison = _prove(cfg, work, source, plan)
         work.publish(_manifest(source, plan, comparison), save)
     log(f"done: {save} ({len(work.files)} files; {MANIFEST} has the sha256 of each), written in {seconds:.1f} s")
+
+
+def _check_optimizer(cfg: ConvertConfig, source: StoredModel) -> None:
+    if cfg.with_optimizer and (not source.optimizer or source.iteration is None):
+        raise UsageError(f"--with-optimizer: {source.folder} has no optimizer's state. Leave it out.")
+    if cfg.with_optimizer and cfg.degrees.release:
+        raise UsageError("--with-optimizer and --release contradict each other: a release is weights alone.")
+
+
+def _expected(source: StoredModel, plan: Plan) -> StoredModel:
+    """What the result's weights and moments are to be: a run of tessel has the fp32 weights as its weights."""
+    if plan.format == "torch_dcp":
+        source = replace(source, tensors=masters(source))
+    return _with_moments(source)
+
+
+def _with_moments(model: StoredModel) -> StoredModel:
+    moments = {name: tensor for name, tensor in model.optimizer.items() if name.startswith(MOMENTS)}
+    return replace(model, tensors={**model.tensors, **moments})
 
 
 def _require_free_place(save: Path, force: bool) -> None:
@@ -71,7 +95,8 @@ def _prove(cfg: ConvertConfig, work: Work, source: StoredModel, plan: Plan) -> C
         return None
     started_s = time.monotonic()
     result = open_model(work.folder)
-    comparison = compare(source, result, plan.target.dtype, None)
+    expected = _expected(source, plan) if cfg.with_optimizer else source
+    comparison = compare(expected, _with_moments(result) if cfg.with_optimizer else result, plan.target.dtype, None)
     if comparison.differences:
         lines = [f"{d.name} {d.what}" for d in comparison.differences[:10]]
         raise TesselError(

@@ -18,30 +18,36 @@ class Written:
     texts: Mapping[str, bytes]
 
 
-def _hf(model: StoredModel, target: Target) -> Written:
+def _hf(model: StoredModel, target: Target, _: bool) -> Written:
     from tessel.checkpoint import hf_plan
 
     files = hf_plan.plan(model, target)
     return Written("hf", files, hf_plan.texts(model, target, files))
 
 
-def _torch(model: StoredModel, target: Target) -> Written:
+def _torch(model: StoredModel, target: Target, _: bool) -> Written:
     from tessel.checkpoint.mcore_write import plan_torch
 
     return _in_iteration("torch", plan_torch(model, target), {}, model, target)
 
 
-def _legacy(model: StoredModel, target: Target) -> Written:
+def _legacy(model: StoredModel, target: Target, _: bool) -> Written:
     from tessel.checkpoint.legacy import plan_legacy
 
     return _in_iteration("legacy", plan_legacy(model, target), {}, model, target)
 
 
-def _torch_dist(model: StoredModel, target: Target) -> Written:
+def _torch_dist(model: StoredModel, target: Target, with_optimizer: bool) -> Written:
     from tessel.checkpoint.torch_dist_write import plan_torch_dist
 
-    plan = plan_torch_dist(model, target)
+    plan = plan_torch_dist(model, target, with_optimizer=with_optimizer)
     return _in_iteration("torch_dist", plan.files, plan.texts, model, target)
+
+
+def _torch_dcp(model: StoredModel, target: Target, with_optimizer: bool) -> Written:
+    from tessel.checkpoint.run_write import plan_run
+
+    return Written("torch_dcp", *plan_run(model, target, with_optimizer=with_optimizer))
 
 
 def _in_iteration(
@@ -62,20 +68,24 @@ def _in_iteration(
     return Written(kind, [replace(file, name=f"{folder}/{file.name}") for file in files], found)
 
 
-_WRITERS: dict[str, Callable[[StoredModel, Target], Written]] = {
+# Each takes the model, the target, and whether the optimizer's state goes along.
+Writer = Callable[[StoredModel, Target, bool], Written]
+_WRITERS: dict[str, Writer] = {
     "hf": _hf,
     "torch": _torch,
-    "legacy": _legacy,
     "torch_dist": _torch_dist,
+    "torch_dcp": _torch_dcp,
+    "legacy": _legacy,
 }
+TAKE_OPTIMIZER = ("torch_dist", "torch_dcp")
 
 
-def writer_of(name: str) -> Callable[[StoredModel, Target], Written]:
-    """What plans a checkpoint of this format.
+def written(name: str, model: StoredModel, target: Target, with_optimizer: bool = False) -> Written:
+    """The plan of a checkpoint of this format.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: degrees that the model or the format does not allow, or an optimizer that it has no place for.
     """
-    if name not in _WRITERS:
-        raise UsageError(f"--to {name} cannot be written; these can: {', '.join(_WRITERS)}.")
-    return _WRITERS[name]
+    if with_optimizer and name not in TAKE_OPTIMIZER:
+        raise UsageError(f"--with-optimizer goes with --to {' and '.join(TAKE_OPTIMIZER)}, not with {name}.")
+    return _WRITERS[name](model, target, with_optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -65,11 +65,11 @@ def plan_for(cfg: ConvertConfig, source: StoredModel) -> Plan:
         UsageError: degrees that the model or the format does not allow.
     """
     to = cfg.to or ("torch" if source.format == "hf" else "hf")
-    writer: Callable[[StoredModel, Target], formats.Written] = formats.writer_of(to)
     target = target_of(cfg, source)
-    written = writer(source, target)
+    written = formats.written(to, source, target, cfg.with_optimizer)
     shown = replace(target, dtype=None)
     options = {**vars(shown), "to": to, "dtype": cfg.params_dtype}
+    options["with_optimizer"] = cfg.with_optimizer
     return Plan(written.format, tuple(written.files), written.texts, target, options)
 
 
@@ -110,10 +110,16 @@ def target_of(cfg: ConvertConfig, source: StoredModel) -> Target:
         flavour=degrees.flavour,  # type: ignore[arg-type]
         vocab_divisor=degrees.make_vocab_size_divisible_by,
         dtype=None if cfg.params_dtype is None else DTYPES[cfg.params_dtype],
-        iteration=None if degrees.release or degrees.flavour == "pai" else 1,
+        iteration=_iteration(cfg, source),
         transformer_engine=degrees.transformer_impl == "transformer_engine",
         grouped_gemm=degrees.moe_grouped_gemm,
     )
+
+
+def _iteration(cfg: ConvertConfig, source: StoredModel) -> int | None:
+    if cfg.degrees.release or cfg.degrees.flavour == "pai":
+        return None
+    return source.iteration if cfg.with_optimizer else 1
 
 
 def casts(source: StoredModel, dtype: torch.dtype | None) -> tuple[str, ...]:

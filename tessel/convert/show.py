@@ -52,7 +52,8 @@ def source_lines(source: StoredModel) -> Iterator[str]:
         for line in lines:
             yield f"  {kind}: {line}"
     if source.optimizer:
-        yield "  left out: the optimizer's state, since a conversion is of weights; --load of tessel pretrain takes it"
+        what = sorted({name.partition(".")[0] for name in source.optimizer})
+        yield f"  optimizer: {', '.join(what)}"
 
 
 def target_line(plan: Plan, save: Path) -> str:

@@ -180,6 +180,8 @@ class _Run:
             return None
         assert source.folder is not None and source.iteration is not None
         state = run_checkpoint.read_state(source.folder, source.iteration)
+        if state.get("weights_only"):
+            return None  # converted, not trained
         flags = self._cfg.checkpoint
         if source.kind is Kind.RESUME and not self._cfg.batch.skip_train:
             where = str(run_checkpoint.iteration_folder(source.folder, source.iteration))
@@ -352,7 +354,8 @@ class _Run:
         train = self._splits.train
         if before is None or train is None or position.iteration == 0:
             return
-        if before["identity"].get("order") != self._identity.get("order"):
+        order = self._identity["order"]
+        if before["identity"].get("order", order) != order:
             warn_once(
                 "the number of epochs has changed with the length of the run, and with it the order of the samples, "
                 "as in Megatron: some may be seen twice before others once"
