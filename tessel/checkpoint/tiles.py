@@ -90,6 +90,12 @@ def part_of(tensor: Tensor, tile: Tile | None = None) -> Part:
     return Part(local, tuple(a + b for a, b in zip(tile.start, begins, strict=True)), tile.shape)
 
 
+def held_tile(tensor: Tensor, tile: Tile) -> Tile:
+    """What this process holds of a parameter, as a tile: `tile` itself, or its share of it for a DTensor."""
+    part = part_of(tensor, tile)
+    return Tile(tile.shape, part.start, part.stop, tuple(local_of(tensor).shape), tile.copies)
+
+
 def local_of(tensor: Tensor) -> Tensor:
     """This process's part of a distributed tensor, not a copy; a plain tensor itself."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tessel.layout.sharding import pattern_of, rules
 from tessel.layout.tiles import Tile
@@ -63,32 +64,40 @@ def initialize_(
             rule = table[pattern_of(name)]
             if rule.init in stds:
                 draw_ = _draw_experts_ if rule.is_expert else _draw_
-                draw_(parameter, rule.shape, stds[rule.init], seed, name, tiles[name] if tiles is not None else None)
+                draw_(
+                    _held(parameter),
+                    rule.shape,
+                    stds[rule.init],
+                    seed,
+                    name,
+                    tiles[name] if tiles is not None else None,
+                )
             else:
-                parameter.fill_(1.0 if rule.init == "ones" else 0.0)
+                _held(parameter).fill_(1.0 if rule.init == "ones" else 0.0)
 
 
-def _draw_(
-    parameter: nn.Parameter, shape: tuple[int, ...], std: float, seed: int, name: str, tile: Tile | None
-) -> None:
+def _draw_(held: Tensor, shape: tuple[int, ...], std: float, seed: int, name: str, tile: Tile | None) -> None:
     generator = torch.Generator("cpu").manual_seed(_seed_of(seed, name))
     values = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
     if tile is None:
-        parameter.copy_(values)
+        held.copy_(values)
     else:
-        parameter.zero_()[tile.local_index()] = values[tile.index()].to(parameter)
+        held.zero_()[tile.local_index()] = values[tile.index()].to(held)
 
 
-def _draw_experts_(
-    parameter: nn.Parameter, shape: tuple[int, ...], std: float, seed: int, name: str, tile: Tile | None
-) -> None:
+def _draw_experts_(held: Tensor, shape: tuple[int, ...], std: float, seed: int, name: str, tile: Tile | None) -> None:
     """Expert by expert, each from a generator of its own, so that a rank draws its own experts alone."""
     first, stop = (0, shape[0]) if tile is None else (tile.start[0], tile.stop[0])
     inside = (slice(None), slice(None)) if tile is None else tile.index()[1:]
     for expert in range(first, stop):
         generator = torch.Generator("cpu").manual_seed(_seed_of(seed, f"{name}.{expert}"))
         values = torch.empty(shape[1:], dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
-        parameter[expert - first].copy_(values[inside])
+        held[expert - first].copy_(values[inside])
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """This process's part, where a parameter is shared out; `tiles` then speak of that part."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -51,17 +51,17 @@ def parallelize(
 ) -> list[Transformer]:
     """This process's part of the model, one module for each of its pipeline stages.
 
-    `build` makes a whole model on the meta device; `load` fills the parts in with weights, of which each process
-    needs its own tiles alone. One process alone has no `groups`, and the whole model. Without `sharding`,
+    `build` makes a whole model on the meta device; `load` fills the parts in with weights once they are shared
+    out, so that no process ever holds more than it keeps. One process alone has no `groups`, and the whole model. Without `sharding`,
     parameters stay plain tensors: one copy in fp32 needs none.
     """
     parts = [build()] if groups is None else _own_parts(build, config, groups, stages, layout)
-    load(parts)
     for part in parts:
         if compile:
             compile_layers(part.layers)
         if sharding is not None:
             shard(part, sharding)
+    load(parts)
     return parts
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.fill import fill_model
-from tessel.checkpoint.tiles import tiled
+from tessel.checkpoint.tiles import held_tile, local_of, tiled
 from tessel.config.layout import Layout
 from tessel.config.layout_rules import sharding_strategy_of
 from tessel.config.run import ModelShape, Precision, RunConfig, Tokenizer
@@ -205,34 +206,37 @@ def _load_weights(
     cfg: RunConfig,
     device: torch.device,
 ) -> None:
-    """Fill `parts`, which are on the meta device until it is known that the weights fit them."""
-    if source.kind is Kind.HUGGINGFACE:
-        assert source.folder is not None
-        for part in parts:
-            huggingface.load_into(part, source.folder, device, tiles)
-        return
-    if source.stored is not None:
-        flags = cfg.checkpoint
-        with_optimizer = not (flags.finetune or flags.no_load_optim or cfg.batch.skip_train)
-        stored = foreign.weights(source.stored, with_optimizer)
-        for part in parts:
-            fill_model(part, stored, device, tiles)
-        return
+    """Fill `parts`, which are on the meta device: plain tensors until it is known that the weights fit them."""
     for part in parts:
-        try:
-            part.to_empty(device=device)
-        except RuntimeError as error:  # torch has no narrower one for memory of the CPU
-            size_gib = sum(parameter.numel() for parameter in part.parameters()) * 4 / 2**30
-            raise TesselError(
-                f"The weights alone take {size_gib:,.1f} GiB in fp32, more than {device} has free. "
-                "Take a smaller model or a larger machine."
-            ) from error
-        if source.kind is Kind.RANDOM:
-            initialize_(part, model_config, cfg.model.init_method_std, cfg.precision.seed, tiles)
+        is_shared_out = any(isinstance(parameter, DTensor) for parameter in part.parameters())
+        if is_shared_out or not (source.kind is Kind.HUGGINGFACE or source.stored is not None):
+            _make_room(part, device)
+        if source.kind is Kind.HUGGINGFACE:
+            assert source.folder is not None
+            huggingface.load_into(part, source.folder, device, tiles)
+        elif source.stored is not None:
+            flags = cfg.checkpoint
+            with_optimizer = not (flags.finetune or flags.no_load_optim or cfg.batch.skip_train)
+            fill_model(part, foreign.weights(source.stored, with_optimizer), device, tiles)
+        elif source.kind is Kind.RANDOM:
+            held = {name: held_tile(parameter, tiles[name]) for name, parameter in part.named_parameters()}
+            initialize_(part, model_config, cfg.model.init_method_std, cfg.precision.seed, held)
         else:
             assert source.folder is not None and source.iteration is not None
             weights = {f"model.{name}": parameter.detach() for name, parameter in part.named_parameters()}
             run_checkpoint.load_tensors(source.folder, source.iteration, tiled(weights, tiles))
+
+
+def _make_room(part: Transformer, device: torch.device) -> None:
+    """Memory for what this process holds of its parameters, with nothing in it yet."""
+    try:
+        part.to_empty(device=device)
+    except RuntimeError as error:  # torch has no narrower one for memory of the CPU
+        size_gib = sum(local_of(parameter).numel() for parameter in part.parameters()) * 4 / 2**30
+        raise TesselError(
+            f"The weights alone take {size_gib:,.1f} GiB in fp32, more than {device} has free. "
+            "Take a smaller model or a larger machine."
+        ) from error
 
 
 def largest_gradient(precision: Precision) -> float:
