@@ -1,6 +1,7 @@
 """The way back to Hugging Face: what a checkpoint of another format carries along in `huggingface/`.
 
     config.json, generation_config.json, tokenizer files    as they were, byte for byte
+    model_mapping.yaml                                       where the model has one (model/mapping.py)
     safetensors.json                                         {file: its header's text}: how the weights lay there
     model.safetensors.index.json                             where there were shards
 
@@ -18,6 +19,7 @@ from tessel.checkpoint.metadata import read_side_files
 from tessel.checkpoint.safetensors import MAX_HEADER_BYTES, header_text
 from tessel.checkpoint.weights import SAFETENSORS_FILE, SAFETENSORS_INDEX, shard_files
 from tessel.errors import TesselError
+from tessel.model.mapping import MAPPING_FILE
 
 FOLDER = "huggingface"
 HEADERS = "safetensors.json"
@@ -26,7 +28,7 @@ CONFIG = "config.json"
 
 def of_folder(folder: Path) -> dict[str, bytes]:
     """What a Hugging Face folder has for the way back to it, by name, in bytes."""
-    files = {CONFIG: (folder / CONFIG).read_bytes(), **read_side_files(folder, folder)}
+    files = _texts(folder)
     if (folder / SAFETENSORS_FILE).is_file():
         shards = [SAFETENSORS_FILE]
     elif (folder / SAFETENSORS_INDEX).is_file():
@@ -37,6 +39,11 @@ def of_folder(folder: Path) -> dict[str, bytes]:
     headers = {name: header_text(folder / name) for name in shards}
     files[HEADERS] = json.dumps(headers, ensure_ascii=False, indent=0).encode()
     return files
+
+
+def _texts(folder: Path) -> dict[str, bytes]:
+    own = [name for name in (CONFIG, MAPPING_FILE) if (folder / name).is_file()]
+    return {**{name: (folder / name).read_bytes() for name in own}, **read_side_files(folder, folder)}
 
 
 def find(*folders: Path) -> Path | None:
@@ -52,7 +59,7 @@ def read(folder: Path) -> dict[str, bytes]:
     """
     if not (folder / HEADERS).is_file():
         return of_folder(folder)
-    files = {CONFIG: (folder / CONFIG).read_bytes(), **read_side_files(folder, folder)}
+    files = _texts(folder)
     for name in (HEADERS, SAFETENSORS_INDEX):
         path = folder / name
         if path.is_file():

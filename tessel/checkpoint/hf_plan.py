@@ -17,11 +17,14 @@ import torch
 
 from tessel.checkpoint import companion
 from tessel.checkpoint.huggingface import EMBEDDING, HEAD, MAX_SHARD_BYTES
+from tessel.checkpoint.mapped import joined, own_entries, shape_of
 from tessel.checkpoint.metadata import metadata_files
 from tessel.checkpoint.names import is_stacked, places_of, renamed, stored_name
 from tessel.checkpoint.safetensors import DTYPE_NAMES, new_header, write_stored
 from tessel.checkpoint.stored import Assembled, Cast, Piece, PlannedFile, StoredModel, StoredTensor, Target
 from tessel.checkpoint.weights import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from tessel.model.config import ModelConfig
+from tessel.model.mapping import family_names
 
 
 def plan(model: StoredModel, target: Target, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[PlannedFile]:
@@ -34,8 +37,9 @@ def plan(model: StoredModel, target: Target, max_shard_bytes: int = MAX_SHARD_BY
         }
     headers = _as_it_was(model, parameters)
     if headers is None:
-        headers = _new_headers(_entries(parameters, model.config.family), max_shard_bytes)
-    return [_file(name, text, parameters) for name, text in headers.items()]
+        entries = own_entries(_entries(parameters, model.config.family), model.config)
+        headers = _new_headers(entries, max_shard_bytes)
+    return [_file(name, text, parameters, model.config) for name, text in headers.items()]
 
 
 def texts(model: StoredModel, target: Target, files: list[PlannedFile]) -> dict[str, bytes]:
@@ -65,9 +69,9 @@ def _maps(index: bytes) -> Any:
         return None
 
 
-def _file(name: str, header: str, parameters: Mapping[str, StoredTensor]) -> PlannedFile:
+def _file(name: str, header: str, parameters: Mapping[str, StoredTensor], config: ModelConfig) -> PlannedFile:
     entries = _in_order_of_data(json.loads(header))
-    tensors = {stored: _tensor(stored, entries[stored]["shape"], parameters) for stored in entries}
+    tensors = {stored: _tensor(stored, entries[stored]["shape"], parameters, config) for stored in entries}
     assert all(tensor is not None for tensor in tensors.values()), name
     found = {stored: tensor for stored, tensor in tensors.items() if tensor is not None}
 
@@ -82,8 +86,26 @@ def _in_order_of_data(header: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
 
 
-def _tensor(stored: str, shape: list[int], parameters: Mapping[str, StoredTensor]) -> StoredTensor | None:
+def _tensor(
+    stored: str, shape: list[int], parameters: Mapping[str, StoredTensor], config: ModelConfig
+) -> StoredTensor | None:
     """The tensor of this name and shape in a Hugging Face folder, out of parameters; None if it is none of theirs."""
+    match = None if config.own is None else config.own.mapping.of_stored(stored)
+    if match is None:
+        return _family_tensor(stored, shape, parameters)
+    shapes = [shape[:-2] + shape[-1:-3:-1] if match.rule.transpose else shape]
+    if len(match.parts) > 1:
+        known = {name: tensor.shape for name, tensor in parameters.items()}
+        shapes = [list(shape_of(part, config, known)) for part in match.parts]
+    found = [_family_tensor(part, own, parameters) for part, own in zip(match.parts, shapes, strict=True)]
+    parts = [tensor for tensor in found if tensor is not None]
+    if len(parts) < len(found) or len({part.dtype for part in parts}) > 1:
+        return None
+    whole = joined(match, parts, config)
+    return whole if list(whole.shape) == shape else None
+
+
+def _family_tensor(stored: str, shape: list[int], parameters: Mapping[str, StoredTensor]) -> StoredTensor | None:
     places = places_of(stored)
     names = [place.name for place in places]
     if names == [HEAD] and HEAD not in parameters:
@@ -119,11 +141,12 @@ def _as_it_was(model: StoredModel, parameters: Mapping[str, StoredTensor]) -> di
     headers: dict[str, str] = {}
     covered: set[str] = set()
     for file, text in known.items():
-        found = _header_now(text, parameters)
+        found = _header_now(text, parameters, model.config)
         if found is None or not file.endswith(".safetensors") or set(file) & set("/\\\0"):
             return None
         headers[file], entries = found
-        covered |= {f"{place.name}:{place.expert}:{place.half}" for name in entries for place in places_of(name)}
+        names = [name for stored in entries for name in family_names(model.config.own, stored)]
+        covered |= {f"{place.name}:{place.expert}:{place.half}" for name in names for place in places_of(name)}
     wanted = {name: tensor for name, tensor in parameters.items() if not is_stacked(name)}
     if not headers or any(f"{name}:None:None" not in covered for name in wanted):
         return None
@@ -136,13 +159,13 @@ def _as_it_was(model: StoredModel, parameters: Mapping[str, StoredTensor]) -> di
     return headers
 
 
-def _header_now(text: str, parameters: Mapping[str, StoredTensor]) -> tuple[str, list[str]] | None:
+def _header_now(text: str, parameters: Mapping[str, StoredTensor], config: ModelConfig) -> tuple[str, list[str]] | None:
     """A header and its names: as it was if dtypes are as they were, else with those of now."""
     try:
         header = json.loads(text)
         entries = _in_order_of_data(header)
         shapes = {name: entry["shape"] for name, entry in entries.items()}
-        tensors = {name: _tensor(name, shape, parameters) for name, shape in shapes.items()}
+        tensors = {name: _tensor(name, shape, parameters, config) for name, shape in shapes.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     whole = {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tessel.checkpoint import companion
 from tessel.checkpoint.experts import as_stored, in_memory
 from tessel.checkpoint.fill import fill_model
+from tessel.checkpoint.mapped import as_own, in_family
 from tessel.checkpoint.metadata import read_side_files, write_metadata
 from tessel.checkpoint.safetensors import write_file
 from tessel.checkpoint.stored import StoredModel, StoredTensor
@@ -22,6 +23,7 @@ from tessel.errors import TesselError
 from tessel.layout.sharding import parameters
 from tessel.layout.tiles import Tile
 from tessel.model.config import ModelConfig
+from tessel.model.mapping import MAPPING_FILE
 from tessel.runtime.files import atomic_folder, require_path
 
 __all__ = [
@@ -95,6 +97,8 @@ def matching(
     `own`: the part of the embedding that this process reads and compares with a copy of it under the head's name.
     """
     files = {name: info for name, info in read_tensors(folder).items() if not name.endswith(_COMPUTED_SUFFIXES)}
+    if (folder / MAPPING_FILE).is_file():
+        files = in_family(files, ModelConfig.from_folder(folder), shapes)
     stored = in_memory(files)
     if HEAD not in shapes and HEAD in stored:
         _drop_tied_head(folder, stored, own)
@@ -168,7 +172,8 @@ def export(
     folder = Path(folder)
     require_replaceable(folder)
     with atomic_folder(folder) as temporary:
-        _write_shards(as_stored(tensors, config.family), temporary, dtype, max_shard_bytes)
+        stored = as_own(as_stored(tensors, config.family), config)
+        _write_shards(stored, temporary, dtype, max_shard_bytes)
         write_metadata(temporary, config, dtype, side_files)
 
 

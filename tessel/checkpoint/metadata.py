@@ -12,6 +12,7 @@ import torch
 
 from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
+from tessel.model.mapping import MAPPING_FILE
 from tessel.runtime.files import require_path
 
 GENERATION_CONFIG = "generation_config.json"
@@ -86,6 +87,8 @@ def metadata_files(
     config = replace(config, dtype=str(dtype).removeprefix("torch."))
     hf = config.to_hf()
     files = dict(side_files or {})
+    if config.own is not None:
+        files[MAPPING_FILE] = config.own.mapping.text
     if as_it_was is not None and _says_the_same(as_it_was, config):
         files["config.json"] = as_it_was
     else:
@@ -102,7 +105,8 @@ def metadata_files(
 def _says_the_same(content: bytes, config: ModelConfig) -> bool:
     try:
         raw = json.loads(content)
-        return "auto_map" not in raw and ModelConfig.from_hf(raw) == config
+        mapping = None if config.own is None else config.own.mapping
+        return "auto_map" not in raw and ModelConfig.from_hf(raw, mapping) == config
     except (ValueError, TypeError, RecursionError, TesselError):
         return False
 

@@ -32,7 +32,9 @@ def read_file(path: str, all_options: Sequence[Option], foreign: ForeignFlags) -
     """
     by_name = {o.name: o for o in all_options}
     found = FileValues({}, [])
-    for section, key, raw in _flat(_load(path), {o.path[-1] for o in all_options if o.path}, path):
+    for section, key, raw in _flat(
+        read_yaml(path, f"--config {path}"), {o.path[-1] for o in all_options if o.path}, path
+    ):
         name = key.replace("-", "_")
         flag = flag_of(name)
         where = f"{key} in {path}"
@@ -78,7 +80,13 @@ def _flat(tree: Mapping[Any, Any], sections: set[str], path: str) -> list[tuple[
     return entries
 
 
-def _load(path: str) -> Mapping[Any, Any]:
+def read_yaml(path: str | Path, what: str) -> Mapping[Any, Any]:
+    """The mapping that a YAML file holds, empty for an empty file; `what` names the file in messages.
+
+    Raises:
+        TesselError: the file cannot be read, or is not YAML.
+        UsageError: it is no mapping, or a key stands twice in one.
+    """
     # Not at the top: most commands have no file, and start-up is to stay light.
     import yaml
 
@@ -96,16 +104,18 @@ def _load(path: str) -> Mapping[Any, Any]:
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except OSError as error:
-        raise TesselError(f"--config {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
+        raise TesselError(f"{what} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
     except UnicodeDecodeError:
-        raise TesselError(f"--config {path} is not UTF-8 text. Give a YAML file.") from None
+        raise TesselError(f"{what} is not UTF-8 text. Give a YAML file.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise TesselError(f"--config {path}{where} is not YAML: {problem}. Mend the file.") from None
+        raise TesselError(f"{what}{where} is not YAML: {problem}. Mend the file.") from None
+    except (ValueError, RecursionError) as error:  # of a date that is none, or of brackets without end
+        raise TesselError(f"{what} is not YAML: {error}. Mend the file.") from None
     if tree is None:
         return {}
     if not isinstance(tree, Mapping):
-        raise UsageError(f"--config {path} holds a {type(tree).__name__}: it must be a mapping of names to values.")
+        raise UsageError(f"{what} holds a {type(tree).__name__}: it must be a mapping of names to values.")
     return tree

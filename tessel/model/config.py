@@ -13,6 +13,7 @@ from tessel.config.experts import Experts
 from tessel.config.run import ModelShape
 from tessel.errors import TesselError, UsageError
 from tessel.model.families import ARCHITECTURES, DEFAULTS, FAMILIES, WHOLE, experts_from_hf, experts_to_hf
+from tessel.model.mapping import ModelMapping, OwnConfig
 from tessel.model.mixture import router_changes
 from tessel.model.shape import contradictions, fields_from_shape, flags_of
 
@@ -38,7 +39,8 @@ class ModelConfig:
 
     `rope_scaling` is None for plain RoPE, else a mapping with `rope_type` (linear, llama3 or yarn)
     and that type's numbers. `layer_types` has one of "full_attention" and "sliding_attention" a
-    layer, or is None where all layers are alike. `raw` is config.json as it was read.
+    layer, or is None where all layers are alike. `raw` is config.json as it was read, in the family's words; `own`
+    is there where it had others.
 
     A mixture has `num_experts` in each layer but the `dense_layers`, and `num_experts_per_tok` of them see a
     token; `norm_topk_prob` says whether their weights add up to 1. A shared expert, of an inner width above 0,
@@ -76,6 +78,7 @@ class ModelConfig:
     expert_bias: tuple[tuple[float, ...], ...] | None = field(default=None, repr=False, compare=False)
     dtype: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    own: OwnConfig | None = field(default=None, repr=False, compare=False)
 
     def window(self, layer: int) -> int | None:
         """How many positions, its own among them, a query of this layer may see; None for all."""
@@ -104,17 +107,21 @@ class ModelConfig:
         if not isinstance(raw, dict):
             raise TesselError(f"{path}: holds a {type(raw).__name__}, not an object. Download the file again.")
         try:
-            return cls.from_hf(raw)
+            return cls.from_hf(raw, ModelMapping.of_folder(path.parent))
         except TesselError as error:
             raise TesselError(f"{path}: {error}") from error
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(cls, raw: Mapping[str, Any], mapping: ModelMapping | None = None) -> ModelConfig:
         """The model that a config.json describes, with transformers' defaults for absent keys.
+
+        `mapping`: what its keys are called in a known family.
 
         Raises:
             TesselError: a family or a feature that is not supported, or a key that is missing.
         """
+        if mapping is not None:
+            return replace(cls.from_hf(mapping.family_config(raw)), own=OwnConfig(mapping, dict(raw)))
         family = _family(raw)
         _check_features(raw, family)
         _check_values(raw)
@@ -205,8 +212,13 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 both read, with every key that was read kept.
 
-        RoPE is written both ways (`rope_theta` and `rope_scaling`, and `rope_parameters`), and so is the dtype.
+        RoPE is written both ways (`rope_theta` and `rope_scaling`, and `rope_parameters`), and so is the dtype. A model
+        with words of its own keeps its config.json, but for what has changed.
         """
+        if self.own is not None:
+            mapping, raw = self.own.mapping, self.own.raw
+            before = ModelConfig.from_hf(mapping.family_config(raw)).to_hf()
+            return mapping.own_config(raw, before, replace(self, own=None).to_hf())
         rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
         hf = dict(self.raw)
         hf.update(

@@ -14,6 +14,7 @@ from tessel.data.tokenizer import HuggingFaceTokenizer, has_tokenizer
 from tessel.errors import TesselError
 from tessel.layout.sharding import parameters, pattern_of
 from tessel.model.config import ModelConfig
+from tessel.model.mapping import MAPPING_FILE, family_names
 from tessel.report.facts import Report, bytes_text, count_text, folder_bytes
 
 _MAX_NAMED = 5
@@ -68,7 +69,9 @@ def weights_report(path: Path, list_tensors: bool) -> Report:
 def is_model(folder: Path) -> bool:
     """Whether a folder has a config.json that describes a model; beside a tokenizer it may hold little."""
     path = folder / "config.json"
-    return path.is_file() and (not has_tokenizer(folder) or "hidden_size" in _read_json(path))
+    if not path.is_file() or not has_tokenizer(folder):
+        return path.is_file()
+    return "hidden_size" in _read_json(path) or (folder / MAPPING_FILE).is_file()
 
 
 def stored_tensors(folder: Path) -> list[TensorFact] | None:
@@ -161,7 +164,8 @@ def _weight_values(tensors: list[TensorFact] | None, config: ModelConfig | None)
     elif config is not None:
         values["parameters"] = sum(math.prod(rule.shape) for rule in parameters(config).values())
     if tensors is not None and config is not None:
-        stored = {place.name for tensor in tensors for place in places_of(tensor.name)}
+        names = [name for tensor in tensors for name in family_names(config.own, tensor.name)]
+        stored = {place.name for name in names for place in places_of(name)}
         wanted = set(parameters(config))
         # A tied head is often stored all the same.
         may_be_extra = {"lm_head.weight"} if config.tie_word_embeddings else set()
