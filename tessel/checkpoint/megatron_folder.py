@@ -130,6 +130,8 @@ def places(topology: Topology) -> dict[str, Place]:
 def companions(iteration: Iteration, hf_dir: str | Path | None) -> Path | None:
     """The folder with the config.json that belongs to a checkpoint: `hf_dir` if given, else one that travels along.
 
+    It travels in the iteration's folder, the root, or another iteration of the same root.
+
     Raises:
         TesselError: `hf_dir` has none.
     """
@@ -138,7 +140,9 @@ def companions(iteration: Iteration, hf_dir: str | Path | None) -> Path | None:
         if not (folder / companion.CONFIG).is_file():
             raise TesselError(f"--hf-dir {folder} has no config.json. Give the Hugging Face folder of the model.")
         return folder
-    travelling = companion.find(iteration.path, iteration.root)
+    # A run that goes on from a converted iteration saves its own beside it, without what travels along.
+    others = sorted(path for path in iteration.root.iterdir() if path.is_dir() and _is_iteration(path.name))
+    travelling = companion.find(iteration.path, iteration.root, *others)
     if travelling is not None:
         return travelling
     beside = (folder for folder in (iteration.path, iteration.root) if (folder / companion.CONFIG).is_file())

@@ -144,6 +144,17 @@ def test_an_iteration_can_be_chosen(model: Callable[..., StoredModel], tmp_path:
         open_torch(tmp_path)
 
 
+def test_an_iteration_saved_beside_a_converted_one_has_its_config(
+    model: Callable[..., StoredModel], tmp_path: Path
+) -> None:
+    source = model("mistral")
+    write_torch(source, tmp_path, Target(iteration=None))
+    write_torch(source, tmp_path, Target(iteration=10))
+    shutil.rmtree(tmp_path / "iter_0000010" / "huggingface")
+    found = open_torch(tmp_path)
+    assert (found.iteration, found.config, found.guessed) == (10, source.config, ())
+
+
 def test_a_down_cast_names_what_does_not_fit(model: Callable[..., StoredModel], tmp_path: Path) -> None:
     source = model("llama")
     found = open_torch_cast(source, tmp_path / "half", torch.bfloat16)
