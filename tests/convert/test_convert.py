@@ -50,6 +50,10 @@ def edited(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
         ("qwen3_moe", ("--to", "torch", "--expert-model-parallel-size", 5)),
         ("qwen2_moe", ("--to", "torch", "--tensor-model-parallel-size", 2)),
         ("qwen2", ("--to", "hf")),
+        ("qwen2", ("--to", "torch_dist", *TP2_PP2)),
+        ("qwen3_moe", ("--to", "torch_dist", "--expert-model-parallel-size", 5, "--release")),
+        ("mixtral", ("--to", "torch_dcp")),
+        ("qwen2_moe", ("--to", "torch_dcp")),
     ],
 )
 def test_a_round_trip_gives_the_same_files(
@@ -61,6 +65,25 @@ def test_a_round_trip_gives_the_same_files(
     assert tessel("convert", "--load", there, "--save", back, "--to", "hf").status == 0
     assert weights_of(back) == weights_of(folder)
     assert (back / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_a_chain_of_every_format_ends_with_the_same_files(
+    tiny_hf_folder: MakeFolder, tmp_path: Path, tessel: Run
+) -> None:
+    folder = tiny_hf_folder("llama", num_hidden_layers=4)
+    ways: list[tuple[Any, ...]] = [
+        ("torch", *TP2_PP2, "--num-layers-per-virtual-pipeline-stage", 1),
+        ("torch_dist",),
+        ("legacy", "--tensor-model-parallel-size", 2),
+        ("torch_dcp",),
+        ("hf",),
+    ]
+    source = folder
+    for to, *flags in ways:
+        assert tessel("convert", "--load", source, "--save", tmp_path / to, "--to", to, *flags).status == 0
+        assert open_model(tmp_path / to).format == to
+        source = tmp_path / to
+    assert weights_of(source) == weights_of(folder)
 
 
 def test_shards_and_the_tokenizer_come_back(
@@ -128,6 +151,22 @@ def noting(self, name):
 Work._note = noting
 main(sys.argv[1:])
 """
+
+
+@pytest.mark.parametrize("to", ["torch_dist", "torch_dcp", "legacy", "hf"])
+def test_every_format_goes_on_where_it_was_stopped(
+    to: str, tiny_hf_folder: MakeFolder, tmp_path: Path, tessel: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_hf_folder("llama")
+
+    def stop(self: Work, manifest: dict[str, Any], save: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "publish", stop)
+        assert tessel("convert", "--load", folder, "--save", tmp_path / "to", "--to", to).status == 130
+    said = tessel("convert", "--load", folder, "--save", tmp_path / "to", "--to", to)
+    assert said.status == 0 and "went on from a conversion that was stopped" in said.out
 
 
 def test_a_killed_conversion_leaves_nothing_and_goes_on(
