@@ -20,6 +20,7 @@ SMALL = {
     "samples": "--seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 4 --data-cache-path cache",
     "generate": "--max-new-tokens 4 --device cpu",
     "preprocess": "--workers 1",
+    "plan": "--seq-length 32 --global-batch-size 8",
 }
 SMALL_SHAPE = (
     "--num-layers 1 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 "
@@ -43,6 +44,10 @@ def small(words: list[str]) -> list[str]:
     more = SMALL.get(verb, "").split()
     if "--num-layers" in flags:
         more += SMALL_SHAPE.split()
+    if "--exit-interval" in flags:
+        more += ["--exit-interval", "2"]
+    if "--expert-model-parallel-size" in flags:
+        more += "--nproc-per-node 2 --expert-model-parallel-size 2".split()
     if "--lr-warmup-fraction" in flags:
         more = [word for word in more if word != "--lr-warmup-iters"]
         more.remove("0")
@@ -83,6 +88,8 @@ def test_every_command_runs_as_it_stands(
     tiny_tokenizer_folder: Path,
 ) -> None:
     tiny_hf_folder("qwen2", tokenizer=tiny_tokenizer_folder).rename(tmp_path / "Qwen2.5-0.5B")
+    experts = tiny_hf_folder("qwen3_moe", tokenizer=tiny_tokenizer_folder, num_experts=4)
+    experts.rename(tmp_path / "Qwen3-30B-A3B")
     documents = [f"Document {number} holds {number * number} words, and some more of them." for number in range(200)]
     (tmp_path / "corpus.txt").write_text("\n".join(documents))
     (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
@@ -97,12 +104,13 @@ def test_every_command_runs_as_it_stands(
         "samples",
         "inspect",
         "doctor",
+        "plan",
     }
     for words in found:
         assert words[0] == "tessel"
         status = main(small(words))
         out, err = capsys.readouterr()
         assert status == 0, f"{shlex.join(words)}\n{out}\n{err}"
-    for name in ("first", "mixed", "scratch", "second"):
+    for name in ("first", "mixed", "scratch", "second", "two", "mixture"):
         assert (tmp_path / "runs" / name / "hf" / "model.safetensors").is_file()
     assert (tmp_path / "loss.png").stat().st_size > 0

@@ -1,0 +1,61 @@
+"""Flags that documents mention exist, and the commands of docs/LAYOUTS.md can be read."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tessel.cli import main
+from tessel.commands import VERBS
+from tessel.config.megatron import MEGATRON
+from tessel.config.parser import parse
+from tessel.config.plan_rules import validate_plan
+from tessel.config.run import RunConfig
+from tessel.config.validate import validate
+from tessel.config.verbs import PlanConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "README_zh.md", "docs/LAYOUTS.md", "docs/CLUSTER.md", "docs/STATUS.md")
+FLAG = re.compile(r"--[a-z][a-z0-9-]+")
+# Of torchrun, Slurm and pytest.
+FOREIGN = re.compile(r"--(rdzv|ntasks|gpus|cpus|nodes|job-name|time|signal|requeue|standalone|shutdown|layouts-)")
+# What a misspelt flag looks like.
+MISSPELT = {"--gloabl-batch-size"}
+# In place of the file that the commands read.
+FILE = (
+    "--load m --seq-length 64 --micro-batch-size 1 --global-batch-size 8 --train-iters 1 --lr 1e-3 --data-path x"
+).split()
+
+
+def commands() -> list[list[str]]:
+    """The commands of docs/LAYOUTS.md, as words."""
+    text = (REPOSITORY / "docs" / "LAYOUTS.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line]
+
+
+@pytest.fixture
+def known(capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Every flag that `--help` of some verb shows, or that is accepted without effect."""
+    for verb in VERBS:
+        assert main([verb, "--help"]) == 0
+    return {*FLAG.findall(capsys.readouterr().out), *MEGATRON.accepted}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_flags_that_are_mentioned_exist(name: str, known: set[str]) -> None:
+    mentioned = set(FLAG.findall((REPOSITORY / name).read_text(encoding="utf-8")))
+    assert {flag for flag in mentioned - known - MISSPELT if not FOREIGN.match(flag)} == set()
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_of_layouts_can_be_given(words: list[str]) -> None:
+    assert words[0] == "tessel"
+    if words[1] == "plan":
+        validate_plan(parse(PlanConfig, words[2:], "tessel plan").value)
+        return
+    assert words[1:3] == ["pretrain", "--config"]
+    validate(parse(RunConfig, [*FILE, *words[4:]], "tessel pretrain").value)
