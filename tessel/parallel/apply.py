@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from tessel.config.layout import Layout
 from tessel.layout.stages import Stages
@@ -52,8 +53,8 @@ def parallelize(
     """This process's part of the model, one module for each of its pipeline stages.
 
     `build` makes a whole model on the meta device; `load` fills the parts in with weights once they are shared
-    out, so that no process ever holds more than it keeps. One process alone has no `groups`, and the whole model. Without `sharding`,
-    parameters stay plain tensors: one copy in fp32 needs none.
+    out, so that no process ever holds more than it keeps. One process alone has no `groups`, and the whole
+    model. Without `sharding`, parameters stay plain tensors: one copy in fp32 needs none.
     """
     parts = [build()] if groups is None else _own_parts(build, config, groups, stages, layout)
     for part in parts:
@@ -85,7 +86,8 @@ def shard(model: Transformer, sharding: Sharding) -> None:
 
     Each layer is a group of its own, and in it its experts; the rest, embedding and head among it, is the
     root's, so that a tied weight is in one group. Gradients are summed in `reduce_dtype`: over the mesh, and
-    over micro-batches, since each backward adds to an fp32 `.grad`. Parameters become DTensors.
+    over micro-batches, since each backward adds to an fp32 `.grad`. Parameters become DTensors, cut along
+    their first dim, and stacked experts along one that leaves every process as much.
     """
     low_precision = sharding.compute_dtype if sharding.compute_dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(
@@ -93,12 +95,18 @@ def shard(model: Transformer, sharding: Sharding) -> None:
     )
     layers = list(model.layers.values())
     expert_groups = [experts for layer in layers if (experts := expert_module(layer)) is not None]
-    for module, mesh in (
-        *((experts, sharding.expert_mesh) for experts in expert_groups),
-        *((layer, sharding.mesh) for layer in layers),
-        (model, sharding.mesh),
+    for module, mesh, placement in (
+        *((experts, sharding.expert_mesh, _evenly(sharding.expert_mesh)) for experts in expert_groups),
+        *((layer, sharding.mesh, None) for layer in layers),
+        (model, sharding.mesh, None),
     ):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=sharding.reshard_after_forward,
+            shard_placement_fn=placement,
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss carries its own weights: every reduction is a plain sum.
@@ -108,6 +116,16 @@ def shard(model: Transformer, sharding: Sharding) -> None:
         for layer, following in pairwise(layers):
             assert isinstance(layer, FSDPModule) and isinstance(following, FSDPModule)
             layer.set_modules_to_forward_prefetch([following])
+
+
+def _evenly(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
+    """The first dim that divides evenly: there may be fewer experts here than processes to share them."""
+    num_shards = mesh.size(-1)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(next((dim for dim, size in enumerate(parameter.shape) if size % num_shards == 0), 0))
+
+    return placement
 
 
 def expert_module(layer: nn.Module) -> nn.Module | None:

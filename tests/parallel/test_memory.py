@@ -83,3 +83,43 @@ def _compared(in_bf16: bool) -> None:
 @pytest.mark.parametrize("in_bf16", [False, True])
 def test_two_replicas_that_share_out_everything(in_bf16: bool) -> None:
     run(2, _compared, in_bf16)
+
+
+def _few_experts() -> list[int]:
+    """Gradients of three experts on two processes are those of a whole model; elements of each that are here."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from tessel.model.config import ModelConfig
+    from tessel.model.init import initialize_
+    from tessel.model.transformer import Transformer
+    from tessel.parallel.apply import Sharding, shard
+
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+            "num_local_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 64,
+        }
+    )  # fmt: skip
+    mesh = init_device_mesh("cpu", (2,))
+    whole, shared = Transformer(config), Transformer(config)
+    for model in (whole, shared):
+        initialize_(model, config, std=0.1, seed=1)
+    shard(shared, Sharding(mesh, mesh, torch.float32))
+    tokens_BS = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(1))
+    for model in (whole, shared):
+        # Both processes compute the same, and what they have is summed.
+        weights_BS = torch.full((4, 16), 1 / 64 if model is whole else 1 / 128)
+        model(tokens_BS[:, :-1], labels_BS=tokens_BS[:, 1:], weights_BS=weights_BS).backward()
+    held = []
+    for (name, expected), parameter in zip(whole.named_parameters(), shared.parameters(), strict=True):
+        assert parameter.grad is not None and expected.grad is not None
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, msg=name)  # type: ignore[attr-defined]
+        if ".experts." in name:
+            held.append(parameter.to_local().numel())  # type: ignore[attr-defined]
+    return held
+
+
+def test_fewer_experts_than_processes_are_shared_out_evenly() -> None:
+    assert run(2, _few_experts) == [[3 * 48 * 32 // 2] * 3] * 2
