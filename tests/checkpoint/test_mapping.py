@@ -291,3 +291,38 @@ def test_two_entries_for_one_tensor(own: Path, tmp_path: Path) -> None:
     config = ModelConfig.from_folder(own)
     with pytest.raises(TesselError, match="which another entry is for"):
         huggingface.export(model.named_parameters(), config, tmp_path / "out", torch.float32)
+
+
+@torch.no_grad()
+def test_the_example_of_the_guide(tiny_hf_folder: MakeFolder, tmp_path: Path, repository: Path) -> None:
+    text = (repository / "docs/MIGRATION.md").read_text(encoding="utf-8")
+    original = tiny_hf_folder("llama")
+    tensors = load_file(original / "model.safetensors")
+    names = {"model.embed_tokens": "model.tok_embeddings", "lm_head": "output", "self_attn.o_proj": "attention.wo"}
+    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {f"mlp.{part}_proj": f"feed_forward.{w}" for part, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))}
+    own = {}
+    for name, tensor in tensors.items():
+        q = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+        if name == q and "q_proj" in name:
+            heads = tensor.reshape(2, 2, 8, 32)  # of keys and values; queries for each; features
+            k, v = (tensors[name.replace("q_proj", part)].reshape(2, 1, 8, 32) for part in ("k_proj", "v_proj"))
+            own[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat([heads, k, v], 1).reshape(64, 32)
+        elif name == q:
+            new = name
+            for ours, theirs in names.items():
+                new = new.replace(ours, theirs)
+            own[new] = tensor
+    folder = tmp_path / "own"
+    folder.mkdir()
+    config = json.loads((original / "config.json").read_text())
+    rope = {
+        "rope_theta": config.pop("rope_parameters")["rope_theta"],
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    }
+    config |= rope | {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / MAPPING_FILE).write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    save_file(own, folder / "model.safetensors", {"format": "pt"})
+    tokens = torch.arange(40).reshape(2, 20) * 7
+    assert torch.equal(load_model(folder)[0](tokens), load_model(original)[0](tokens))
