@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -107,6 +108,8 @@ def shard(model: Transformer, sharding: Sharding) -> None:
             reshard_after_forward=sharding.reshard_after_forward,
             shard_placement_fn=placement,
         )
+    # Experts return a view, as einsum does; nothing here works on it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss carries its own weights: every reduction is a plain sum.
