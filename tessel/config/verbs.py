@@ -89,9 +89,14 @@ class InspectConfig:
     """What to look at."""
 
     path: str = option(
-        REQUIRED, "Hugging Face folder, folder of a run, or a .bin/.idx (or its prefix)", positional=True
+        REQUIRED, "checkpoint of any format, folder of a run, or a .bin/.idx (or its prefix)", positional=True
     )
-    tensors: bool = option(False, "list every tensor of a model, with its shape and type")
+    tensors: bool = option(False, "list every tensor of a model, with its shape, type and norm")
+    diff: str | None = option(None, "another checkpoint: say in what settings and tensors they differ", metavar="DIR")
+    ckpt_step: int | None = option(None, "iteration to look at, instead of the latest")
+    hf_dir: str | None = option(
+        None, "config.json of a checkpoint without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
+    )
     json: bool = option(False, "print one JSON object")
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
 

@@ -47,6 +47,12 @@ def _bytes(block: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+def norm_of(tensor: StoredTensor) -> float:
+    """L2 norm over all elements, summed in fp64 block by block."""
+    squares = (float(block.double().square().sum()) for block in blocks(tensor, _BLOCK_BYTES))
+    return math.sqrt(sum(squares))
+
+
 def compare(first: StoredModel, second: StoredModel, dtype: torch.dtype | None, tolerance: float | None) -> Comparison:
     """Every tensor of both, streamed.
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from tessel.data.tokenizer import HuggingFaceTokenizer, has_tokenizer
 from tessel.errors import TesselError
-from tessel.report import model_folder, run_folder
+from tessel.report import checkpoint, model_folder, run_folder
 from tessel.report.dataset import dataset_report
 from tessel.report.facts import Report, bytes_text
 from tessel.runtime.files import require_path
 
 if TYPE_CHECKING:
+    from tessel.checkpoint.stored import StoredModel
     from tessel.config.verbs import InspectConfig
 
 _MAX_NAMED = 5
@@ -30,18 +31,33 @@ def inspect(cfg: InspectConfig) -> None:
 def look(cfg: InspectConfig) -> Report:
     """The report on `cfg.path`."""
     path = Path(cfg.path)
+    if cfg.diff is not None:
+        return checkpoint.diff_report(_opened(cfg), _open_model(cfg.diff, None, cfg.hf_dir))
     if path.suffix in (".bin", ".idx") or Path(f"{cfg.path}.idx").exists():
         return dataset_report(cfg.path, cfg.tokenizer)
     require_path(path, "the path to inspect")
     if path.is_file():
         return _file_report(path, cfg.tensors)
+    if checkpoint.is_megatron(path):
+        return checkpoint.checkpoint_report(_opened(cfg), cfg.tensors)
     if run_folder.is_run(path):
-        return run_folder.run_report(path)
+        return run_folder.run_report(path, cfg.tensors, cfg.ckpt_step)
     if model_folder.is_model(path):
         return model_folder.model_report(path, cfg.tensors)
     if has_tokenizer(path):
         return _tokenizer_report(path)
     raise TesselError(f"{path} is nothing that is known here. {_looked_for(path)}")
+
+
+def _opened(cfg: InspectConfig) -> StoredModel:
+    return _open_model(cfg.path, cfg.ckpt_step, cfg.hf_dir)
+
+
+def _open_model(path: str, ckpt_step: int | None, hf_dir: str | None) -> StoredModel:
+    # It imports torch, which --help has no need of.
+    from tessel.checkpoint.detect import open_model
+
+    return open_model(path, ckpt_step=ckpt_step, hf_dir=hf_dir)
 
 
 def _file_report(path: Path, list_tensors: bool) -> Report:
@@ -85,7 +101,8 @@ def _tokenizer_report(path: Path) -> Report:
 def _looked_for(folder: Path) -> str:
     looked = (
         "Looked for a Hugging Face model (config.json), a run of tessel (latest_checkpointed_iteration.txt, "
-        "metrics.jsonl) and a tokenizer (tokenizer.json)."
+        "metrics.jsonl), a Megatron checkpoint (iter_* or release with mp_rank_*, or with metadata.json and .metadata) "
+        "and a tokenizer (tokenizer.json)."
     )
     prefixes = sorted(str(entry.with_suffix("")) for entry in folder.glob("*.idx"))
     folders = sorted(str(entry.parent) for entry in folder.glob("*/config.json"))

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessel.checkpoint.names import places_of
 from tessel.data.tokenizer import HuggingFaceTokenizer, has_tokenizer
@@ -15,7 +15,11 @@ from tessel.errors import TesselError
 from tessel.layout.sharding import parameters, pattern_of
 from tessel.model.config import ModelConfig
 from tessel.model.mapping import MAPPING_FILE, family_names
+from tessel.report.checkpoint import tensor_line
 from tessel.report.facts import Report, bytes_text, count_text, folder_bytes
+
+if TYPE_CHECKING:
+    from tessel.checkpoint.stored import StoredTensor
 
 _MAX_NAMED = 5
 
@@ -26,6 +30,7 @@ class TensorFact(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+    norm: float | None = None
 
 
 def model_report(folder: Path, list_tensors: bool) -> Report:
@@ -49,7 +54,8 @@ def model_report(folder: Path, list_tensors: bool) -> Report:
         **_weight_values(tensors, config),
     }
     if list_tensors:
-        data["tensor_list"] = [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in tensors or []]
+        tensors = None if tensors is None else _with_norms(tensors, read_tensors_of(folder))
+        data["tensor_list"] = [_entry(tensor) for tensor in tensors or []]
     tail = _tensor_lines(tensors or [], list_tensors)
     return Report(f"{folder}: a Hugging Face model", _facts(data), data, tail)
 
@@ -61,7 +67,10 @@ def weights_report(path: Path, list_tensors: bool) -> Report:
     data: dict[str, Any] = {"kind": "safetensors file", "path": str(path), "bytes": num_bytes}
     data |= _weight_values(tensors, None)
     if list_tensors:
-        data["tensor_list"] = [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in tensors]
+        from tessel.checkpoint.safetensors import read_header
+
+        tensors = _with_norms(tensors, read_header(path))
+        data["tensor_list"] = [_entry(tensor) for tensor in tensors]
     facts = [("parameters", _parameter_text(data)), ("size", bytes_text(num_bytes))]
     return Report(f"{path}: weights", facts, data, _tensor_lines(tensors, list_tensors))
 
@@ -87,6 +96,24 @@ def stored_tensors(folder: Path) -> list[TensorFact] | None:
     if not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin*")):
         return None
     return [TensorFact(t.name, t.shape, DTYPE_NAMES.get(t.dtype, str(t.dtype))) for t in read_tensors(folder).values()]
+
+
+def read_tensors_of(folder: Path) -> Mapping[str, StoredTensor]:
+    """The stored tensors of a folder by name."""
+    from tessel.checkpoint.weights import read_tensors
+
+    return read_tensors(folder)
+
+
+def _with_norms(tensors: Iterable[TensorFact], stored: Mapping[str, StoredTensor]) -> list[TensorFact]:
+    """The same with the norm of each, which is read for it."""
+    from tessel.convert.compare import norm_of
+
+    return [tensor._replace(norm=norm_of(stored[tensor.name])) for tensor in tensors]
+
+
+def _entry(tensor: TensorFact) -> dict[str, Any]:
+    return {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "norm": tensor.norm}
 
 
 def _of_safetensors(path: Path) -> list[TensorFact]:
@@ -247,7 +274,7 @@ def _tokenizer_text(data: Mapping[str, Any]) -> str:
 def _tensor_lines(tensors: Iterable[TensorFact], each: bool) -> list[str]:
     """Every tensor, or those of all layers as one line each."""
     if each:
-        return [f"    {tensor.name}  {list(tensor.shape)}  {tensor.dtype}" for tensor in tensors]
+        return [tensor_line(_entry(tensor)) for tensor in tensors]
     groups = Counter((pattern_of(tensor.name), tensor.shape, tensor.dtype) for tensor in tensors)
     return [
         f"    {pattern}  {list(shape)}  {dtype}" + (f"  x {count}" if count > 1 else "")

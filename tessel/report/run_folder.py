@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tessel.report.facts import Report, bytes_text, folder_bytes
+from tessel.report.checkpoint import model_values, optimizer_text, tensor_entries, tensor_line
+from tessel.report.facts import Report, bytes_text, count_text, folder_bytes
 
 METRICS_FILE = "metrics.jsonl"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -26,17 +27,19 @@ def is_run(folder: Path) -> bool:
     return (folder / TRACKER).is_file() or (folder / METRICS_FILE).is_file()
 
 
-def run_report(folder: Path) -> Report:
-    """The report on a run's folder.
+def run_report(folder: Path, list_tensors: bool = False, ckpt_step: int | None = None) -> Report:
+    """The report on a run's folder; of its checkpoints, on that of iteration `ckpt_step` or the latest.
 
     Raises:
         TesselError: the newest checkpoint's run.json is damaged, or the tracker names none that is there.
     """
     # It imports torch, which --help has no need of.
     from tessel.checkpoint import training as run_checkpoint
+    from tessel.checkpoint.run_model import open_run
+    from tessel.checkpoint.stored import degrees_text
 
     iterations = run_checkpoint.saved_iterations(folder)
-    latest = run_checkpoint.latest_iteration(folder)
+    latest = run_checkpoint.latest_iteration(folder) if ckpt_step is None else ckpt_step
     state: dict[str, Any] = run_checkpoint.read_state(folder, latest) if latest is not None else {}
     last = _last_rows(folder / METRICS_FILE)
     models = sorted(str(entry.parent) for entry in folder.glob("hf*/config.json"))
@@ -55,13 +58,32 @@ def run_report(folder: Path) -> Report:
     facts = [("checkpoints", _iterations_text(iterations, latest))]
     if latest is not None:
         facts.append(("samples so far", f"{state.get('consumed_train_samples'):,}"))
+    tail = []
+    if latest is not None and _has_model(run_checkpoint.iteration_folder(folder, latest)):
+        stored = open_run(folder, latest)
+        data["checkpoint"] = values = model_values(stored)
+        parameters = f"{count_text(values['parameters'])} in {values['tensors']} tensors, {', '.join(values['dtypes'])}"
+        facts += [
+            ("parameters", parameters),
+            ("saved on", degrees_text(stored.degrees) or "no model parallelism"),
+        ]
+        facts.append(("optimizer", optimizer_text(values)))
+        if list_tensors:
+            data["tensor_list"] = list(tensor_entries(stored.tensors))
+            tail = [tensor_line(entry) for entry in data["tensor_list"]]
     facts.extend((f"last {kind}", _row_text(row)) for kind, row in last.items())
     facts.append(("Hugging Face", ", ".join(models) or "no folder written yet"))
     facts.append(("on disk", bytes_text(data["bytes"])))
     settings = _settings_text(config)
     if settings:
         facts.append(("settings", settings))
-    return Report(f"{folder}: a run of tessel", facts, data)
+    return Report(f"{folder}: a run of tessel", facts, data, tail)
+
+
+def _has_model(checkpoint: Path) -> bool:
+    from tessel.checkpoint.training import HF_FOLDER
+
+    return (checkpoint / HF_FOLDER / "config.json").is_file()
 
 
 def _iterations_text(iterations: list[int], latest: int | None) -> str:
