@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tessel.checkpoint import huggingface
-from tessel.checkpoint.experts import in_memory
-from tessel.checkpoint.stored import StoredModel, StoredTensor
+from tessel.checkpoint import torch_file
+from tessel.checkpoint.dcp_files import read_folder
+from tessel.checkpoint.stored import StoredModel, Target
 from tessel.checkpoint.torch_dist import open_torch_dist
+from tessel.checkpoint.torch_dist_write import write_torch_dist
+from tests.checkpoint.megatron import digest, hf_model
 
 pytestmark = pytest.mark.oracle
 
@@ -29,15 +31,11 @@ def case(shared: Path, name: str) -> tuple[Path, dict[str, Any], Path]:
     return checkpoints / "cases" / name / "checkpoint", manifest, checkpoints / "hf" / manifest["model"]
 
 
-def in_folder(folder: Path) -> dict[str, StoredTensor]:
-    return in_memory(huggingface.read_tensors(folder))
-
-
 @pytest.mark.parametrize("name", WEIGHTS + PAI)
 def test_weights_are_those_of_the_model(shared: Path, name: str) -> None:
     checkpoint, _, hf = case(shared, name)
     model = open_torch_dist(checkpoint, hf_dir=hf)
-    expected = in_folder(hf)
+    expected = hf_model(hf).tensors
     assert model.tensors.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(model.tensors[key].read(), tensor.read()), key
@@ -109,3 +107,58 @@ def test_a_run_in_the_middle_opens_with_its_moments(shared: Path) -> None:
     assert (model.iteration, model.state["step"], model.state["consumed_train_samples"]) == (8, 8, 64)
     for key, tensor in model.tensors.items():
         assert torch.equal(model.optimizer[f"param.{key}"].read().to(torch.bfloat16), tensor.read()), key
+
+
+def described(folder: Path) -> dict[str, list[Any]]:
+    """Key -> dtype, whole shape and hash of every tensor, as a manifest has them."""
+    return {
+        key: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), digest(tensor.read())]
+        for key, tensor in read_folder(folder).tensors.items()
+    }
+
+
+def chunks(folder: Path) -> dict[str, list[Any]]:
+    return {
+        key: sorted((piece.start, piece.size) for piece in tensor.chunks)
+        for key, tensor in read_folder(folder).tensors.items()
+    }
+
+
+@pytest.mark.parametrize("name", WEIGHTS + PAI)
+def test_written_as_the_tool_wrote_it(shared: Path, tmp_path: Path, name: str) -> None:
+    checkpoint, manifest, hf = case(shared, name)
+    theirs = next(entry for entry in checkpoint.iterdir() if entry.is_dir())
+    iteration = None if theirs.name == "release" else 5
+    degrees = manifest["degrees"]
+    flavour: Any = "pai" if name.startswith("pai") else "mcore"
+    target = Target(tp=degrees.get("tp", 1), pp=degrees.get("pp", 1), flavour=flavour, iteration=iteration)
+    write_torch_dist(hf_model(hf), tmp_path, target)
+    ours = tmp_path / theirs.name
+    assert described(ours) == manifest["tensors"]
+    assert chunks(ours) == chunks(theirs)
+    others = {key for key in manifest["bytes_entries"] if not key.startswith("rng_state/")}
+    assert read_folder(ours).others.keys() == others
+    for file in ("latest_checkpointed_iteration.txt", f"{theirs.name}/metadata.json"):
+        assert (tmp_path / file).read_bytes() == (checkpoint / file).read_bytes()
+    written, expected = (torch_file.load(folder / "common.pt") for folder in (ours, theirs))
+    assert written.keys() == expected.keys()
+    for field in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+                  "ffn_hidden_size", "padded_vocab_size", "tensor_model_parallel_size", "params_dtype",
+                  "pipeline_model_parallel_size", "untie_embeddings_and_output_weights"):  # fmt: skip
+        assert getattr(written["args"], field) == getattr(expected["args"], field), field
+
+
+def test_optimizer_written_as_the_tool_wrote_it(shared: Path, tmp_path: Path) -> None:
+    checkpoint, manifest, hf = case(shared, "td_qwen3mini_fullyresh")
+    write_torch_dist(trained(shared, "td_qwen3mini_fullyresh"), tmp_path, Target(iteration=5), with_optimizer=True)
+    ours, theirs = tmp_path / "iter_0000005", checkpoint / "iter_0000005"
+    assert chunks(ours) == chunks(theirs)
+    written = described(ours)
+    vocabulary = ("embedding.word_embeddings.weight", "output_layer.weight")  # its padding was trained
+    for key, expected in manifest["tensors"].items():
+        assert written[key][:2] == expected[:2]
+        assert key.endswith(vocabulary) or written[key] == expected, key
+    old, new = (torch_file.load(folder / "common.pt") for folder in (theirs, ours))
+    assert new["content_metadata"] == old["content_metadata"]
+    assert new["optimizer"] == old["optimizer"]
+    assert new["opt_param_scheduler"] == old["opt_param_scheduler"]
