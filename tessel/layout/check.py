@@ -41,7 +41,7 @@ def topology_of(layout: Layout, world_size: int, config: DecoderShape) -> Topolo
     ):
         if degree > 1 and not has_experts:
             raise UsageError(f"{flag} {degree} shares experts, and this model has none: leave {flag} out.")
-    return Topology.of(degrees_of(layout), world_size, has_experts)
+    return Topology.of(degrees_of(layout), world_size)
 
 
 def check_model(config: DecoderShape, layout: Layout, topology: Topology) -> None:

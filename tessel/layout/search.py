@@ -126,7 +126,7 @@ def _starts(config: RoutedShape, cluster: Cluster, wanted: Wanted, cp_tokens: in
             most_cp = max(wanted.seq_length // cp_tokens, 1)
             for cp in _pinned(wanted.cp, _divisors(world // (tp * pp), most_cp)):
                 if world % (tp * pp * cp) == 0 and wanted.seq_length % (tp * (2 * cp if cp > 1 else 1)) == 0:
-                    yield from _with_experts(config, Topology(world, tp, pp, cp), wanted)
+                    yield from _with_experts(config, Topology(world, tp, pp, cp, etp=tp), wanted)
 
 
 def _pinned(value: int | None, candidates: list[int]) -> list[int]:
@@ -160,7 +160,7 @@ def _with_experts(config: RoutedShape, topology: Topology, wanted: Wanted) -> It
 def _strategies(start: Choice, wanted: Wanted) -> list[str]:
     if wanted.sharding_strategy is not None:
         return [wanted.sharding_strategy]
-    alone = start.topology.dp * start.topology.cp == 1 and start.topology.edp == 1
+    alone = start.topology.world_size == 1 or not start.is_wrapped
     return ["no_shard"] if alone else list(_STRATEGIES)
 
 

@@ -63,13 +63,13 @@ class Topology:
     etp: int = 1
 
     @classmethod
-    def of(cls, degrees: Degrees, world_size: int, has_experts: bool = False) -> Topology:
-        """The topology of `world_size` processes.
+    def of(cls, degrees: Degrees, world_size: int) -> Topology:
+        """The topology of `world_size` processes. Without experts, `etp` and `ep` mean nothing.
 
         Raises:
             UsageError: the degrees do not divide the number of processes.
         """
-        etp = degrees.etp if degrees.etp is not None else (degrees.tp if has_experts else 1)
+        etp = degrees.etp if degrees.etp is not None else degrees.tp
         product = degrees.tp * degrees.pp * degrees.cp
         if world_size % product:
             raise UsageError(
@@ -114,12 +114,12 @@ class Topology:
         return self._groups(_EXPERT, axes)
 
     def describe(self) -> str:
-        """The degrees above 1 in words, such as "TP2 PP2 DP2 on 8 processes"."""
+        """The degrees above 1 in words, such as "TP2 PP2 DP2 on 8 processes"; ETP where it is not TP's."""
         sizes = [("TP", self.tp), ("PP", self.pp), ("CP", self.cp), ("DP", self.dp), ("EP", self.ep)]
-        if self.etp not in (1, self.tp) or (self.etp == 1 < self.tp and self.ep > 1):
-            sizes.append(("ETP", self.etp))
-        words = " ".join(f"{name}{size}" for name, size in sizes if size > 1) or "one copy"
-        return f"{words} on {self.world_size} process{'es' if self.world_size > 1 else ''}"
+        words = [f"{name}{size}" for name, size in sizes if size > 1]
+        if self.etp != self.tp:
+            words.append(f"ETP{self.etp}")
+        return f"{' '.join(words) or 'one copy'} on {self.world_size} process{'es' if self.world_size > 1 else ''}"
 
     def _size(self, axis: str) -> int:
         return int(getattr(self, axis))

@@ -57,7 +57,7 @@ class Model:
     def __init__(self, layout: Layout, values: Mapping[str, Tensor]) -> None:
         world_size = distributed.get_world_size() if distributed.is_initialized() else 1
         rank = distributed.get_rank() if distributed.is_initialized() else 0
-        topology = Topology.of(layout.degrees, world_size, has_experts=True)
+        topology = Topology.of(layout.degrees, world_size)
         place = topology.place(rank)
         self.tiles: dict[str, Tile] = {name: tile_of(rule, topology, place) for name, rule in RULES.items()}
         stage = list(RULES)[place.pp :: topology.pp]  # the layers of a stage

@@ -81,7 +81,7 @@ def test_each_rank_reads_its_own_experts(fused: bool, tiny_hf_folder: Folder) ->
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         save_file({n: t.contiguous() for n, t in theirs.state_dict().items()}, folder / "model.safetensors")
     config = ModelConfig.from_folder(folder)
-    topology = Topology.of(Degrees(ep=3, etp=2), 6, has_experts=True)
+    topology = Topology.of(Degrees(ep=3, etp=2), 6)
     for rank in range(6):
         rules = parameters(config)
         tiles = {name: tile_of(rule, topology, topology.place(rank)) for name, rule in rules.items()}

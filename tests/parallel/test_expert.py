@@ -105,7 +105,7 @@ def ranks() -> dict[int, list[dict[str, Any]]]:
 def on_a_rank(degrees: Degrees, family: str, options: RouterOptions) -> Result:
     """Output, gradient of the input, gradients with their places in the whole, sums of the balance."""
     config = config_of(family)
-    topology = Topology.of(degrees, distributed.get_world_size(), has_experts=True)
+    topology = Topology.of(degrees, distributed.get_world_size())
     groups = build_groups(topology, torch.device("cpu"), 1, 1, config.num_key_value_heads)
     model = whole_model(config, options)
     apply_tensor_parallel(model, config, groups, sequence_parallel=True)
@@ -147,7 +147,7 @@ def on_one_process(
 def test_as_on_one_process(layout: str, ranks: dict[int, list[dict[str, Any]]]) -> None:
     world_size, degrees, family, options = LAYOUTS[layout]
     results: list[Result] = [rank[layout] for rank in ranks[world_size]]
-    topology = Topology.of(degrees, world_size, has_experts=True)
+    topology = Topology.of(degrees, world_size)
     outputs, input_gradients, gradients, sums_LR = on_one_process(topology.dp, family, options)
     parts = topology.tp * topology.cp
     found = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
@@ -201,7 +201,7 @@ class SentRows(TorchDispatchMode):
 
 def sent_when_even(degrees: Degrees) -> tuple[int, int]:
     config = config_of("qwen3_moe")
-    topology = Topology.of(degrees, distributed.get_world_size(), has_experts=True)
+    topology = Topology.of(degrees, distributed.get_world_size())
     groups = build_groups(topology, torch.device("cpu"), 1, 1, config.num_key_value_heads)
     model = whole_model(config, RouterOptions("aux_loss", 0.1))
     apply_expert_parallel(model, config, groups)
@@ -231,7 +231,7 @@ def test_sends_no_more_than_the_textbook(layout: str, ranks: dict[int, list[dict
 def one_sided(degrees: Degrees) -> Sequence[bool]:
     """All tokens choose experts of rank 0: the others compute nothing, and still take part."""
     config = config_of("qwen3_moe")
-    topology = Topology.of(degrees, distributed.get_world_size(), has_experts=True)
+    topology = Topology.of(degrees, distributed.get_world_size())
     groups = build_groups(topology, torch.device("cpu"), 1, 1, config.num_key_value_heads)
     model = whole_model(config, RouterOptions(capacity_factor=1.0))
     apply_expert_parallel(model, config, groups)

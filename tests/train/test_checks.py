@@ -138,7 +138,12 @@ def test_what_a_mixture_refuses(changes: str, world_size: int) -> None:
 def test_what_a_mixture_takes() -> None:
     assert check_layout(config(f"{EP}=2 {ETP}=2"), MIXTURE, 4).describe() == "DP4 EP2 ETP2 on 4 processes"
     both = config(f"{TP}=2 sequence_parallel {EP}=2 {ETP}=1")
-    assert check_layout(both, MIXTURE, 4).etp == 1
+    assert check_layout(both, MIXTURE, 4).describe() == "TP2 DP2 EP2 ETP1 on 4 processes"
+
+
+def test_without_experts_nothing_is_shared_twice() -> None:
+    """Tensor-parallel processes are then no replicas of experts, whose gradients would have to be summed."""
+    assert check_layout(config(f"{TP}=2"), MODEL, 2).edp == 1
 
 
 def test_a_vocabulary_is_padded_but_leaves_no_process_without_rows() -> None:
