@@ -210,7 +210,7 @@ def _load_weights(
     for part in parts:
         is_shared_out = any(isinstance(parameter, DTensor) for parameter in part.parameters())
         if is_shared_out or not (source.kind is Kind.HUGGINGFACE or source.stored is not None):
-            _make_room(part, device)
+            _make_room(part, tiles, device)
         if source.kind is Kind.HUGGINGFACE:
             assert source.folder is not None
             huggingface.load_into(part, source.folder, device, tiles)
@@ -227,8 +227,8 @@ def _load_weights(
             run_checkpoint.load_tensors(source.folder, source.iteration, tiled(weights, tiles))
 
 
-def _make_room(part: Transformer, device: torch.device) -> None:
-    """Memory for what this process holds of its parameters, with nothing in it yet."""
+def _make_room(part: Transformer, tiles: Mapping[str, Tile], device: torch.device) -> None:
+    """Memory for what this process holds of its parameters: padding is 0, and nothing else in it yet."""
     try:
         part.to_empty(device=device)
     except RuntimeError as error:  # torch has no narrower one for memory of the CPU
@@ -237,6 +237,9 @@ def _make_room(part: Transformer, device: torch.device) -> None:
             f"The weights alone take {size_gib:,.1f} GiB in fp32, more than {device} has free. "
             "Take a smaller model or a larger machine."
         ) from error
+    for name, parameter in part.named_parameters():
+        if tiles[name].size != tiles[name].local_shape:
+            local_of(parameter).zero_()
 
 
 def largest_gradient(precision: Precision) -> float:
