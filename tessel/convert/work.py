@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,6 @@ from tessel.runtime.log import progress
 
 MANIFEST = "MANIFEST.json"
 _JOURNAL = "JOURNAL"
-_READ_BYTES = 8 * 2**20
 
 
 class Work:
@@ -176,9 +175,6 @@ def _clear(folder: Path) -> None:
 
 def digest_of(path: Path) -> str:
     """sha256 of a file, in hexadecimal digits."""
-    digest = sha256()
     with open(path, "rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, sha256).hexdigest()
