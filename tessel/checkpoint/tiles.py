@@ -4,7 +4,7 @@ DCP asks a tensor three questions: what would you write, which parts of the whol
 where is that part. `TileTensor` answers them for one box of a parameter, so that a checkpoint knows
 whole, unpadded parameters by name, and the layout it was saved on is not in it.
 
-All that tessel takes of DCP's inner parts is in this file.
+All that tessel takes of DCP's inner parts is in this file, and in dcp_write.py the classes of its index.
 """
 
 from __future__ import annotations

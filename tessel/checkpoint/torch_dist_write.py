@@ -251,6 +251,7 @@ def _extra_states(whole: _Whole, entries: Sequence[Entry]) -> Iterator[Other]:
     if "te_moe" not in whole.order:
         layers = {key.partition(".self_attention.")[0] for key in modules if ".self_attention." in key}
         modules |= dict.fromkeys((f"{layer}.self_attention.core_attention" for layer in layers), entries[0])
+    empty = other("", [None])
     for module, entry in modules.items():
         key, lead, _ = _stacked(whole, module, ())
         counts: tuple[int, ...] = (whole.config.num_hidden_layers,) if lead else ()
@@ -261,7 +262,7 @@ def _extra_states(whole: _Whole, entries: Sequence[Entry]) -> Iterator[Other]:
             places = [(*lead, number) for number in range(span.start[0], span.start[0] + span.size[0])]
         for place in places:
             at, of = (".".join(map(str, numbers)) for numbers in (place or (0,), counts or (1,)))
-            yield other(f"{key}._extra_state/shard_{at}_{of}", [None])
+            yield replace(empty, key=f"{key}._extra_state/shard_{at}_{of}")
 
 
 def _expert_biases(whole: _Whole, stages: Sequence[Stage]) -> Iterator[Part]:
@@ -280,11 +281,12 @@ def _dealt_out(items: Sequence[Part | Other], rank: int) -> dict[str, list[Part 
         len(item.content) if isinstance(item, Other) else math.prod(item.values.shape) * item.values.dtype.itemsize
         for item in items
     ]
-    count = max(_FILES_PER_RANK, -(-sum(sizes) // _MAX_FILE_BYTES))
+    total = max(sum(sizes), 1)
+    count = max(_FILES_PER_RANK, -(-total // _MAX_FILE_BYTES))
     files: dict[str, list[Part | Other]] = {}
     before = 0
     for item, size in zip(items, sizes, strict=True):
-        number = min((before + size // 2) * count // max(sum(sizes), 1), count - 1)
+        number = min((before + size // 2) * count // total, count - 1)
         files.setdefault(f"__{rank}_{number}.distcp", []).append(item)
         before += size
     return files
