@@ -15,7 +15,9 @@ from typing import Any
 TIME_LIMIT_S = 120.0
 
 
-def run(world_size: int, function: Callable[..., Any], *arguments: Any, time_limit_s: float = TIME_LIMIT_S) -> list[Any]:
+def run(
+    world_size: int, function: Callable[..., Any], *arguments: Any, time_limit_s: float = TIME_LIMIT_S
+) -> list[Any]:
     """What `function(*arguments)` returns on each of `world_size` ranks, by rank.
 
     `function` is defined at the top of a module; torch.distributed is initialised with Gloo on loopback when
