@@ -15,17 +15,6 @@ from tessel.errors import TesselError
 
 
 @dataclass(frozen=True)
-class DataPosition:
-    """How far a run has come in its data: samples consumed by all processes together."""
-
-    consumed_samples: int = 0
-
-    def advance(self, num_samples: int) -> DataPosition:
-        """The position `num_samples` further on."""
-        return DataPosition(self.consumed_samples + num_samples)
-
-
-@dataclass(frozen=True)
 class SampleOrder:
     """How samples are ordered and shared out.
 

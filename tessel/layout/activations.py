@@ -128,10 +128,6 @@ class Activations:
         logits = min(chunk, choice.tokens) * rows * (4 if b == 4 else 4 + b)
         return logits + rows * hidden * (4 if b == 4 else 4 + b) + 2 * b * choice.tokens * hidden
 
-    def loss_leftovers(self, choice: Choice, rows: int) -> int:
-        """What the loss leaves for backward: the gradients of head and hidden states."""
-        return choice.compute_bytes * self.config.hidden_size * (rows + choice.tokens)
-
 
 def _between(choice: Choice) -> int:
     """Tokens of a rank between attention and MLP."""

@@ -12,7 +12,6 @@ reduce_from   all-reduce                   identity                     2 (n-1)/
 gather_from   all-gather along a dim       reduce-scatter along it      (n-1) x; (n-1) x
 scatter_to    reduce-scatter along a dim   all-gather along it          (n-1)/n x; (n-1)/n x
 join_from     all-gather along a dim       its own part                 (n-1) x; 0
-split_to      its own part along a dim     all-gather along it          0; (n-1)/n x
 all_to_all    part r to rank r, dim 0      the same the other way       all but its own part; the same
 ============= ============================ ============================ ==============================
 
@@ -70,17 +69,6 @@ def join_from(x: Tensor, group: ProcessGroup | None, dim: int) -> Tensor:
     if group is None:
         return x
     y: Tensor = _Join.apply(x, group, dim)
-    return y
-
-
-def split_to(x: Tensor, group: ProcessGroup | None, dim: int) -> Tensor:
-    """This rank's part along `dim` of what every rank holds alike; the gradients are joined.
-
-    The size of `dim` must be a multiple of the group's.
-    """
-    if group is None:
-        return x
-    y: Tensor = _Split.apply(x, group, dim)
     return y
 
 
@@ -155,17 +143,6 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _own_part(grads[0], ctx.group, ctx.dim), None, None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _own_part(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(grads[0], ctx.group, ctx.dim), None, None
 
 
 class _AllToAll(torch.autograd.Function):

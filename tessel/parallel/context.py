@@ -172,12 +172,6 @@ def local_part(
     return own_part, cut(weights_BS)
 
 
-def natural_order(seq_length: int, cp_size: int, comm_type: str | None, inner: int = 1) -> Tensor:
-    """i64 [seq_length]: where each position stands in the ranks' parts, joined by rank. Undoes `local_part`."""
-    ranks = position_ranges(seq_length, cp_size, comm_type or DEFAULT_COMM_TYPE, inner)
-    return torch.cat([torch.arange(start, stop) for ranges in ranks for start, stop in ranges]).argsort()
-
-
 def localizer(config: ModelConfig, groups: Groups, comm_type: str | None, ulysses_degree: int | None) -> Localize:
     """`local_part` for this process, as a runner takes it. The flags as in `apply_context_parallel`."""
     comm_type = comm_type or DEFAULT_COMM_TYPE

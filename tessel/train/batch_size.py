@@ -63,10 +63,6 @@ class BatchSize:
         # Megatron divides by a float; so must this, to step up at the same sample.
         return start + int(consumed_samples / (samples / num_increments)) * increment
 
-    def num_micro_batches(self, consumed_samples: int) -> int:
-        """Forward passes of each replica in that update, if `multiple` is in force."""
-        return self.at(consumed_samples) // self.multiple
-
 
 def batch_size_of(batch: Batch, data_parallel_size: int = 1) -> BatchSize:
     """The batch sizes of a run; --global-batch-size defaults to one micro-batch on each replica.

@@ -61,9 +61,6 @@ def every_pair() -> None:
         torch.testing.assert_close(y, part(inputs[0] + inputs[1], rank, dim))
         cut = tuple(y.shape)
         assert torch.equal(grad, torch.cat([of_rank(100, cut), of_rank(101, cut)], dim))
-        y, grad = through(collectives.split_to, dim)
-        assert torch.equal(y, part(inputs[rank], rank, dim))
-        assert torch.equal(grad, torch.cat([of_rank(100, cut), of_rank(101, cut)], dim))
 
     y, grad = through(collectives.all_to_all)
     assert torch.equal(y, torch.cat([part(x, rank, 0) for x in inputs]))
@@ -82,9 +79,8 @@ def uneven_exchange() -> None:
 
 
 def uneven_parts() -> None:
-    for function in (collectives.scatter_to, collectives.split_to):
-        with pytest.raises(ValueError, match=r"dim 1 of \(4, 3\) is not a multiple of 2"):
-            function(torch.zeros(4, 3), distributed.group.WORLD, 1)
+    with pytest.raises(ValueError, match=r"dim 1 of \(4, 3\) is not a multiple of 2"):
+        collectives.scatter_to(torch.zeros(4, 3), distributed.group.WORLD, 1)
 
 
 def in_other_precisions() -> None:
@@ -102,8 +98,7 @@ def compiled() -> None:
     def function(x: Tensor) -> Tensor:
         y = collectives.gather_from(collectives.copy_to(x, group), group, 1) * 2
         y = collectives.reduce_from(collectives.scatter_to(y, group, 1).sin(), group)
-        y = collectives.split_to(collectives.join_from(y, group, 0), group, 1)
-        return collectives.all_to_all(y.cos(), group)
+        return collectives.all_to_all(collectives.join_from(y, group, 0).cos(), group)
 
     plain, fast = of_rank(distributed.get_rank()).requires_grad_(), of_rank(distributed.get_rank()).requires_grad_()
     expected, actual = function(plain), torch.compile(function, backend="aot_eager", fullgraph=True)(fast)
@@ -122,5 +117,5 @@ def test_without_a_group_nothing_happens() -> None:
     x = of_rank(0)
     for function in (collectives.copy_to, collectives.reduce_from, collectives.all_to_all):
         assert function(x, None) is x
-    for function in (collectives.gather_from, collectives.scatter_to, collectives.join_from, collectives.split_to):
+    for function in (collectives.gather_from, collectives.scatter_to, collectives.join_from):
         assert function(x, None, 1) is x
