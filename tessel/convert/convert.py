@@ -15,6 +15,7 @@ from tessel.checkpoint.stored import StoredModel, name_of
 from tessel.config.convert import ConvertConfig
 from tessel.convert import show
 from tessel.convert.compare import Comparison, compare
+from tessel.convert.copies import wrong_copies
 from tessel.convert.plan import Plan, casts, plan_for, require_apart, require_no_overflow
 from tessel.convert.work import MANIFEST, Work, begin
 from tessel.errors import TesselError, UsageError
@@ -97,14 +98,16 @@ def _prove(cfg: ConvertConfig, work: Work, source: StoredModel, plan: Plan) -> C
     result = open_model(work.folder)
     expected = _expected(source, plan) if cfg.with_optimizer else source
     comparison = compare(expected, _with_moments(result) if cfg.with_optimizer else result, plan.target.dtype, None)
-    if comparison.differences:
-        lines = [f"{d.name} {d.what}" for d in comparison.differences[:10]]
+    copies, num_copies = wrong_copies(plan, source, work.folder)
+    if differences := [*comparison.differences, *copies]:
+        lines = [f"{d.name} {d.what}" for d in differences[:10]]
         raise TesselError(
-            f"The result is not the source: {'; '.join(lines)}; {len(comparison.differences)} tensors in all. "
+            f"The result is not the source: {'; '.join(lines)}; {len(differences)} tensors in all. "
             "Nothing was put in place. If the source did not change meanwhile, please report it."
         )
+    also = f", and {num_copies} copies of them on other ranks" if num_copies else ""
     log(
-        f"verified: {len(comparison.digests)} tensors read back and equal by sha256, in "
+        f"verified: {len(comparison.digests)} tensors read back and equal by sha256{also}, in "
         f"{time.monotonic() - started_s:.1f} s"
     )
     if cfg.verify == "logits":

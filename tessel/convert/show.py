@@ -73,27 +73,36 @@ def target_line(plan: Plan, save: Path) -> str:
 
 def plan_lines(plan: Plan, source: StoredModel) -> Iterator[str]:
     """Every file, every tensor in it, and the boxes of which parameters it is made of."""
-    names = {id(tensor): name for name, tensor in source.tensors.items()}
+    names = names_of(source)
     for file in plan.files:
         yield f"{file.name}  {bytes_text(size_of(file))}"
         for key, tensor in file.tensors.items():
-            yield f"    {key} {list(tensor.shape)} {name_of(tensor.dtype)} <- {_origin(tensor, names, source)}"
+            yield f"    {key} {list(tensor.shape)} {name_of(tensor.dtype)} <- {origin(tensor, names, source.folder, _MAX_PIECES)}"
     for name, content in plan.texts.items():
         yield f"{name}  {bytes_text(len(content))}"
     yield "nothing was written (--dry-run)"
 
 
-def _origin(tensor: StoredTensor, names: Mapping[int, str], source: StoredModel) -> str:
+def names_of(source: StoredModel) -> dict[int, str]:
+    """The parameters' names by their tensors' identities, for `origin`."""
+    return {id(parameter): name for name, parameter in source.tensors.items()}
+
+
+def origin(tensor: StoredTensor, names: Mapping[int, str], folder: Path, max_pieces: int | None = None) -> str:
+    """The boxes of parameters that a tensor is made of, and the files below `folder` that they lie in."""
     whole = [(0, size) for size in tensor.shape]
     parts, paths = [], set()
     for text, path in _parts(tensor, whole, names):
         parts.append(text)
         paths.add(path)
-    more = f" + {len(parts) - _MAX_PIECES} more" if len(parts) > _MAX_PIECES else ""
-    files = sorted(
-        {str(path.relative_to(source.folder)) if path.is_relative_to(source.folder) else str(path) for path in paths}
-    )
-    return f"{' + '.join(parts[:_MAX_PIECES])}{more}  ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})"
+    shown = parts[:max_pieces]
+    more = f" + {len(parts) - len(shown)} more" if len(parts) > len(shown) else ""
+    files = sorted(_short(path, folder) for path in paths)
+    return f"{' + '.join(shown)}{more}  ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})"
+
+
+def _short(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 def _parts(tensor: StoredTensor, box: Box, names: Mapping[int, str]) -> Iterator[tuple[str, Path]]:

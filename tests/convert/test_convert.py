@@ -257,6 +257,32 @@ def test_a_result_that_is_not_the_source_is_not_put_in_place(
     )
 
 
+def test_a_copy_on_another_rank_is_proved_too(
+    tiny_hf_folder: MakeFolder, tmp_path: Path, tessel: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_hf_folder("llama")
+    norm = load_file(folder / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    found = norm.numpy().tobytes()
+    write = Work._write
+
+    def flipping(self: Work, file: Any) -> None:
+        write(self, file)
+        path = self.folder / file.name
+        content = path.read_bytes()
+        if "mp_rank_01" in file.name:
+            assert content.count(found) == 1
+            path.write_bytes(content.replace(found, found[:-1] + bytes([found[-1] ^ 1])))
+
+    monkeypatch.setattr(Work, "_write", flipping)
+    for to in ("torch", "legacy"):
+        flags = ("--to", to, "--tensor-model-parallel-size", 2)
+        said = tessel("convert", "--load", folder, "--save", tmp_path / to, *flags)
+        assert said.status == 1 and "is not as planned" in said.err and "mp_rank_01" in said.err
+    monkeypatch.undo()
+    said = tessel("convert", "--load", folder, "--save", tmp_path / "mg", "--tensor-model-parallel-size", 2)
+    assert said.status == 0 and "21 tensors read back and equal by sha256, and 5 copies of them on other" in said.out
+
+
 def test_casts_are_said(tiny_hf_folder: MakeFolder, tmp_path: Path, tessel: Run) -> None:
     folder = tiny_hf_folder("qwen2")
     said = tessel("convert", "--load", folder, "--save", tmp_path / "half", "--to", "hf", "--params-dtype", "bf16")
