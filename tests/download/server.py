@@ -65,6 +65,8 @@ class Hub:
     validators: dict[str, str] = field(default_factory=dict)
     """ETag of a plain file, if not of its content; empty: none is sent."""
     ranges: bool = True
+    conditions: bool = True
+    """Whether If-Range is heeded."""
     faults: dict[str, list[str]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     token: str | None = None
@@ -261,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
         condition = self.headers.get("If-Range")
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         end = len(content)
-        if found and self.hub.ranges and condition in (None, etag):
+        if found and self.hub.ranges and (condition in (None, etag) or not self.hub.conditions):
             begin, end = int(found[1]), min(int(found[2] or len(content)) + 1, len(content))
             if begin >= len(content):
                 self._send(416, b"", {"Content-Range": f"bytes */{len(content)}"})

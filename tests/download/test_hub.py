@@ -74,6 +74,18 @@ def test_what_is_there_is_not_fetched_again(tiny: Repository, hub: Hub, tessel: 
     assert not hub.asked("/resolve/")
 
 
+def test_a_newer_version_of_the_same_size_replaces_what_was_there(
+    tiny: Repository, hub: Hub, tessel: Run, tmp_path: Path
+) -> None:
+    assert tessel(NAME)[0] == 0
+    tiny.files["config.json"] = FILES["config.json"].replace(b"2", b"3")
+    tiny.files[FIRST] = LARGE[::-1]
+    hub.requests.clear()
+    assert tessel(NAME)[0] == 0
+    assert contents(tmp_path / "tiny") == tiny.files
+    assert len(hub.asked("/resolve/")) == 2
+
+
 def test_files_of_another_tool_are_taken_over_if_they_are_right(
     tiny: Repository, hub: Hub, tessel: Run, tmp_path: Path
 ) -> None:
@@ -149,6 +161,15 @@ def test_too_many_broken_connections_leave_what_came_for_the_next_command(
     assert tessel(NAME)[0] == 0
     assert contents(tmp_path / "tiny") == FILES
     assert [each.headers.get("range") for each in hub.asked("/cdn/")] == ["bytes=30000-"]
+
+
+def test_a_line_that_breaks_often_is_borne_with_as_long_as_much_comes(
+    tiny: Repository, hub: Hub, tessel: Run, tmp_path: Path
+) -> None:
+    tiny.files = {FIRST: random.Random(5).randbytes(6_000_000)}
+    hub.faults[FIRST] = ["disconnect:1100000"] * 5
+    assert tessel(NAME)[0] == 0
+    assert contents(tmp_path / "tiny") == tiny.files
 
 
 def test_half_of_another_version_is_not_continued(tiny: Repository, hub: Hub, tessel: Run, tmp_path: Path) -> None:
@@ -301,7 +322,7 @@ def test_a_repository_cannot_write_outside_of_its_folder(path: str, hub: Hub, te
     status, _, err = tessel(NAME, "--local-dir", "deep/er")
     assert status == 1
     assert "which would leave the folder" in err
-    assert not [each for each in tmp_path.rglob("*") if each.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_list_of_hashes_is_heeded(tiny: Repository, tessel: Run, tmp_path: Path) -> None:
@@ -370,7 +391,7 @@ def test_an_interrupted_process_and_the_same_command_again(
     """As a user does it: a process of its own, ended while the server is silent in the middle of a file."""
     hub.faults[FIRST] = ["stall:20000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "tessel", "download", NAME]
+    command = [sys.executable, "-m", "tessel", "download", NAME, "--include", FIRST]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     half = tmp_path / "tiny" / (FIRST + ".incomplete")
     try:
@@ -390,7 +411,7 @@ def test_an_interrupted_process_and_the_same_command_again(
     hub.requests.clear()
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "tiny") == FILES
+    assert contents(tmp_path / "tiny") == {FIRST: LARGE}
     assert [each.headers.get("range") for each in hub.asked("/cdn/") if FIRST in each.path] == ["bytes=20000-"]
 
 
