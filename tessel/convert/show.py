@@ -77,7 +77,8 @@ def plan_lines(plan: Plan, source: StoredModel) -> Iterator[str]:
     for file in plan.files:
         yield f"{file.name}  {bytes_text(size_of(file))}"
         for key, tensor in file.tensors.items():
-            yield f"    {key} {list(tensor.shape)} {name_of(tensor.dtype)} <- {origin(tensor, names, source.folder, _MAX_PIECES)}"
+            text = origin(tensor, names, source.folder, _MAX_PIECES)
+            yield f"    {key} {list(tensor.shape)} {name_of(tensor.dtype)} <- {text}"
     for name, content in plan.texts.items():
         yield f"{name}  {bytes_text(len(content))}"
     yield "nothing was written (--dry-run)"
