@@ -13,8 +13,12 @@ import torch
 from tessel.runtime import device as devices
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, on every device."""
+def seed_all(seed: int, pipeline_stage: int = 0) -> None:
+    """Seed Python's, NumPy's and torch's generators, on every device.
+
+    Pipeline stages draw other numbers, by Megatron's rule: dropout would else drop alike in all of them.
+    """
+    seed += 100 * pipeline_stage
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

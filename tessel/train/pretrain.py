@@ -70,7 +70,7 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
         train_iters = cfg.batch.train_iters or train_iters_for(cfg.batch.train_samples or 0, batch_size)
         groups = groups_of(cfg, found.topology, found.model_config, device)
         splits = processes.together(lambda: _splits(cfg, found, train_iters, processes))
-        random_state.seed_all(cfg.precision.seed)
+        random_state.seed_all(cfg.precision.seed, found.topology.place(world.rank).pp)
         run = _Run(cfg, found, splits, device, groups, processes, _teams(cfg, processes), stack)
         run.train(batch_size, train_iters, started_s)
 
@@ -354,6 +354,13 @@ class _Run:
         train = self._splits.train
         if before is None or train is None or position.iteration == 0:
             return
+        layout = before.get("layout", self._layout)
+        num_replicas = Topology(*(layout[degree] for degree in ("world_size", "tp", "pp", "cp"))).dp
+        if self._cfg.data.dataloader_type == "cyclic" and num_replicas != self._learner.peers.num_replicas:
+            warn_once(
+                f"--dataloader-type cyclic deals samples out by data-parallel replicas, as Megatron does, and there were "
+                f"{num_replicas}: some samples of this epoch may be seen twice before others once"
+            )
         order = self._identity["order"]
         if before["identity"].get("order", order) != order:
             warn_once(
