@@ -57,6 +57,7 @@ def config_of(args: Mapping[str, Any], where: object) -> tuple[ModelConfig, tupl
 def _shape(args: Mapping[str, Any]) -> ModelShape:
     names = {field.name for field in fields(ModelShape)}
     given = {name: args[name] for name in names & args.keys() if args[name] is not None}
+    _require_kinds(given | {"layernorm_epsilon": args.get("layernorm_epsilon")})
     given["disable_bias_linear"] = not args.get("add_bias_linear", True)
     if given.get("use_rotary_position_embeddings"):
         given["position_embedding_type"] = "rope"
@@ -81,10 +82,32 @@ def _shape(args: Mapping[str, Any]) -> ModelShape:
     return ModelShape(**given)
 
 
+def _require_kinds(given: Mapping[str, Any]) -> None:
+    """Numbers are numbers, and truth values are such.
+
+    Raises:
+        TesselError: names the first that is not.
+    """
+    kinds = {field.name: str(field.type).partition(" |")[0] for field in fields(ModelShape)}
+    kinds |= {"layernorm_epsilon": "float", "moe_layer_freq": "str"}
+    allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    for name, value in given.items():
+        kind = kinds[name]
+        is_list = name == "moe_layer_freq" and type(value) in (int, list)
+        if value is not None and type(value) not in allowed[kind] and not is_list:
+            raise TesselError(f"{name} is {str(value)[:100]!r}, and must be of the kind {kind}.")
+
+
 def noop_layers_of(args: Mapping[str, Any]) -> tuple[int, ...]:
-    """MindSpeed's places without a layer, written as text or as a set."""
+    """MindSpeed's places without a layer, written as text or as a set.
+
+    Raises:
+        TesselError: it is something else.
+    """
     value = args.get("noop_layers") or ()
     numbers = value.split(",") if isinstance(value, str) else value
+    if not isinstance(numbers, list | tuple | set) or not all(str(number).strip().isdecimal() for number in numbers):
+        raise TesselError(f"args.noop_layers is {str(value)[:100]!r}: it must be numbers of layers.")
     return tuple(sorted(int(number) for number in numbers))
 
 

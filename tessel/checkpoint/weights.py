@@ -8,8 +8,6 @@ Looked for in this order, as transformers does.
 from __future__ import annotations
 
 import json
-import pickle
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessel.checkpoint import torch_file
 from tessel.checkpoint.safetensors import read_header, refuse_impostor
 from tessel.checkpoint.stored import StoredTensor
 from tessel.errors import TesselError
@@ -29,20 +28,6 @@ BIN_FILE = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 WEIGHT_FILES = (SAFETENSORS_FILE, SAFETENSORS_INDEX, BIN_FILE, BIN_INDEX)
 MAX_NAMED = 10
-# What torch's restricted unpickler was seen to raise on damaged files.
-_UNPICKLER_ERRORS = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True)
@@ -167,20 +152,7 @@ def read_bin(path: Path) -> dict[str, BinTensor]:
     Raises:
         TesselError: it is damaged, asks for code, or is not a mapping of tensors.
     """
-    with open(path, "rb") as file:
-        refuse_impostor(path, file)
-        is_zip = file.read(4) == b"PK\x03\x04"
-    try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped: these alone are read whole.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise TesselError(
-            f"{path} was refused: it is damaged, or asks for more than tensors; nothing of it was run. "
-            "Take a copy from a source you trust, best of all as safetensors."
-        ) from error
-    except _UNPICKLER_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TesselError(f"{path} is not a whole file of torch.save: {reason}. Download it again.") from error
+    content = torch_file.load(path)
     strangers = (
         [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
         if isinstance(content, dict)

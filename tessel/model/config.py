@@ -314,11 +314,11 @@ def _windows(known: Mapping[str, Any], family: str, layers: int) -> tuple[int | 
     if types is None:
         first = known.get("max_window_layers", 28)
         types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
     if unknown or len(types) != layers:
         raise TesselError(
             f"layer_types must name full_attention or sliding_attention for each of {layers} layers; it has "
-            f"{len(types)} entries of kinds {sorted(set(types))}."
+            f"{len(types)} entries of kinds {sorted({str(kind) for kind in types})}."
         )
     if "sliding_attention" in types and not window:
         raise TesselError("layer_types asks for sliding_attention, but use_sliding_window is off; set sliding_window.")
