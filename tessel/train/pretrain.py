@@ -358,8 +358,8 @@ class _Run:
         num_replicas = Topology(*(layout[degree] for degree in ("world_size", "tp", "pp", "cp"))).dp
         if self._cfg.data.dataloader_type == "cyclic" and num_replicas != self._learner.peers.num_replicas:
             warn_once(
-                "--dataloader-type cyclic deals samples out by data-parallel replicas, as Megatron does, and there were "
-                f"{num_replicas}: some samples of this epoch may be seen twice before others once"
+                "--dataloader-type cyclic deals samples out by data-parallel replicas, as Megatron does, and there "
+                f"were {num_replicas}: some samples of this epoch may be seen twice before others once"
             )
         order = self._identity["order"]
         if before["identity"].get("order", order) != order:
