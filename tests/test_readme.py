@@ -105,12 +105,14 @@ def test_every_command_runs_as_it_stands(
         "inspect",
         "doctor",
         "plan",
+        "convert",
+        "verify",
     }
     for words in found:
         assert words[0] == "tessel"
         status = main(small(words))
         out, err = capsys.readouterr()
         assert status == 0, f"{shlex.join(words)}\n{out}\n{err}"
-    for name in ("first", "mixed", "scratch", "second", "two", "mixture"):
+    for name in ("first", "mixed", "scratch", "second", "two", "from-mcore", "mixture"):
         assert (tmp_path / "runs" / name / "hf" / "model.safetensors").is_file()
     assert (tmp_path / "loss.png").stat().st_size > 0
