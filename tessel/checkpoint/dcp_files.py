@@ -40,7 +40,17 @@ _RECORDED = (
 _METADATA_KNOWN = {**_DTYPES, "torch.Size": tuple, "builtins.set": set, "collections.OrderedDict": dict}
 _STORAGES = {f"torch.{kind}": dtype for dtype, kind in torch_file.STORAGE_KINDS.items()}
 _CHUNK_KNOWN = {**_STORAGES, "collections.OrderedDict": dict}
-_DAMAGE = (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, struct.error, zipfile.BadZipFile)
+_DAMAGE = (
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 # Entries that are no tensors hold a few numbers each, or the state of a generator.
 _MAX_BYTES_ENTRY = 64 * 2**20
 _LOCAL_HEADER_BYTES = 30

@@ -17,7 +17,7 @@ from tessel.config.experts import Experts
 from tessel.config.run import ModelShape
 from tessel.errors import TesselError
 from tessel.model.config import ModelConfig
-from tessel.model.families import FAMILIES
+from tessel.model.families import FAMILIES, require_sizes
 
 # What of a config.json may be found among the args of MindSpeed's second converter.
 _HF_KEYS = (
@@ -28,6 +28,7 @@ _HF_KEYS = (
     "rope_scaling rope_theta router_aux_loss_coef shared_expert_intermediate_size sliding_window tie_word_embeddings "
     "torch_dtype use_cache use_sliding_window vocab_size"
 ).split()
+_POSITIVE = ("hidden_size", "kv_channels", "num_attention_heads", "num_layers", "num_query_groups")
 _ROUTER = ("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor")
 
 
@@ -96,6 +97,9 @@ def _require_kinds(given: Mapping[str, Any]) -> None:
         is_list = name == "moe_layer_freq" and type(value) in (int, list)
         if value is not None and type(value) not in allowed[kind] and not is_list:
             raise TesselError(f"{name} is {str(value)[:100]!r}, and must be of the kind {kind}.")
+        if type(value) is int and value < (name in _POSITIVE) and name != "first_k_dense_replace":
+            raise TesselError(f"{name} is {value}, which no model has.")
+    require_sizes(given.get("num_layers", 0), given.get("num_experts") or 0)
 
 
 def noop_layers_of(args: Mapping[str, Any]) -> tuple[int, ...]:

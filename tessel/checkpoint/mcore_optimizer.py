@@ -82,28 +82,35 @@ class _Unknown(Exception):
 
 def _numbers(content: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any]:
     """Counters, the scheduler, the loss scaler and the optimizer's groups."""
-    state: dict[str, Any] = {key: args[key] for key in _COUNTERS if args.get(key) is not None}
-    for key in ("iteration", "opt_param_scheduler", "num_floating_point_operations_so_far"):
-        if content.get(key) is not None:
-            state[key] = torch_file.plain(content[key])
+    state = counters(content, args)
     groups: list[Mapping[str, Any]] = []
     steps: list[float] = []
     for optimizer in _optimizers(content):
         if isinstance(optimizer.get("grad_scaler"), Mapping):
             state["grad_scaler"] = torch_file.plain(optimizer["grad_scaler"])
         inner = _inner(optimizer)
-        groups += [group for group in inner.get("param_groups") or () if isinstance(group, Mapping)]
+        groups += groups_of(inner)
         states = inner.get("state")
         entries = list(states.values()) if isinstance(states, Mapping) else []
-        steps += [
-            float(entry["step"]) for entry in (*groups, *entries) if isinstance(entry, Mapping) and "step" in entry
-        ]
+        found = [entry["step"] for entry in (*groups, *entries) if isinstance(entry, Mapping) and "step" in entry]
+        steps += [step for value in found if (step := step_of(value)) is not None]
     if groups:
         state["param_groups"] = [
             {key: torch_file.plain(value) for key, value in group.items() if key != "params"} for group in groups
         ]
     if steps:
         state["step"] = int(max(steps))
+    return state
+
+
+def counters(content: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Samples and iterations so far, and the scheduler's numbers; what is none of these is left out."""
+    state: dict[str, Any] = {key: args[key] for key in _COUNTERS if type(args.get(key)) is int}
+    for key in ("iteration", "num_floating_point_operations_so_far"):
+        if type(content.get(key)) in (int, float):
+            state[key] = content[key]
+    if isinstance(content.get("opt_param_scheduler"), Mapping):
+        state["opt_param_scheduler"] = torch_file.plain(content["opt_param_scheduler"])
     return state
 
 
@@ -120,6 +127,22 @@ def _inner(optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else {}
 
 
+def step_of(value: Any) -> float | None:
+    """A number of steps, which is a number or a tensor of one; None if it is neither."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return float(value) if type(value) in (int, float) and 0 <= value < 2**63 else None
+
+
+def groups_of(inner: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The param groups of an optimizer's state dictionary; none where there is something else."""
+    return [group for group in _listed(inner.get("param_groups")) if isinstance(group, Mapping)]
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
 def _of_file(file: RankFile, held: Sequence[Held], files: RankFiles, config: ModelConfig) -> Iterator[_Found]:
     own = [item for item in held if item.file is file]
     if not any(item.is_used for item in own):
@@ -132,7 +155,7 @@ def _of_file(file: RankFile, held: Sequence[Held], files: RankFiles, config: Mod
     if any(_inner(optimizer).get("state") for optimizer in optimizers):
         for number, optimizer in enumerate(optimizers):
             yield from _plain(optimizer, _share(own, number, len(optimizers)), file)
-    elif any(_inner(optimizer).get("param_groups") for optimizer in optimizers):
+    elif any(groups_of(_inner(optimizer)) for optimizer in optimizers):
         raise _Unknown(f"{file.folder} should have it in {DISTRIBUTED_FILE}, which is missing.")
 
 
@@ -144,19 +167,21 @@ def _share(own: Sequence[Held], number: int, num_optimizers: int) -> list[Held]:
 def _plain(optimizer: Mapping[str, Any], own: Sequence[Held], file: RankFile) -> Iterator[_Found]:
     """Adam's state dictionary: the groups deal its numbers out, and within a group they follow the model's order."""
     inner = _inner(optimizer)
-    states, masters = inner.get("state"), optimizer.get("fp32_from_fp16_params") or []
-    groups = [group for group in inner.get("param_groups") or () if isinstance(group, Mapping)]
+    states, masters = inner.get("state"), _listed(optimizer.get("fp32_from_fp16_params"))
+    groups = groups_of(inner)
     by_group = _by_group(groups, own)
     for number, (group, items) in enumerate(zip(groups, by_group, strict=True)):
         numbers = group.get("params")
         if not isinstance(states, Mapping) or not isinstance(numbers, list) or len(numbers) != len(items):
             raise _Unknown(f"group {number} in {file.folder} has other parameters than the model.")
         for at, item in zip(numbers, items, strict=True):
-            entry = states.get(at) or {}
+            entry = states.get(at) if type(at) is int else None
+            if not isinstance(entry, Mapping):
+                raise _Unknown(f"group {number} in {file.folder} has a parameter {at!r} without a state.")
             for kind in MOMENTS:
                 yield _Found(kind, item, _checked(entry.get(kind), item, f"{kind} in {file.folder}"))
         halves = [item for item in items if item.tensor.dtype.itemsize == 2]
-        own_masters = masters[number] if number < len(masters) else []
+        own_masters = _listed(masters[number]) if number < len(masters) else []
         if own_masters and len(own_masters) != len(halves):
             raise _Unknown(f"group {number} in {file.folder} has other master weights than the model has parameters.")
         for values, item in zip(own_masters, halves, strict=bool(own_masters)):

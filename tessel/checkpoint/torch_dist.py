@@ -38,6 +38,13 @@ BACKEND = {
 }
 BIAS_OF_CHOICE = "mlp.router.expert_bias"
 _NO_WEIGHTS = ("._extra_state", ".inv_freq", ".local_tokens_per_expert", BIAS_OF_CHOICE)
+_OTHER_SIZES = (
+    "expert_tensor_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)
+# More than any run has: a damaged file is not to make loops without end.
+_MAX_RANKS = 2**20
 _DEGREES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -65,7 +72,7 @@ def open_torch_dist(
     _check_backend(iteration.path)
     common = read_common(iteration.path)
     found = read_folder(iteration.path)
-    args = torch_file.plain(common.get("args")) or {}
+    args = _args(iteration.path / COMMON, common)
     config, guessed, side_files = _config(iteration, args, hf_dir, found)
     weights = {name: tensor for name, tensor in found.tensors.items() if not _is_beside_weights(name)}
     _check_layers(iteration.path, weights, config)
@@ -85,7 +92,7 @@ def open_torch_dist(
         tensors,
         guessed=guessed,
         iteration=iteration.number,
-        degrees={name: args[key] for name, key in _DEGREES.items() if (args.get(key) or 1) > 1},
+        degrees={name: args[key] for name, key in _DEGREES.items() if args.get(key) not in (None, 1)},
         args=args,
         optimizer=optimizer.tensors,
         state=optimizer.state,
@@ -93,6 +100,23 @@ def open_torch_dist(
         left_out=optimizer.left_out,
         notes=(padding,) if rows > config.vocab_size else (),
     )
+
+
+def _args(path: Path, common: Mapping[str, Any]) -> Mapping[str, Any]:
+    args = torch_file.plain(common.get("args") or {})
+    if not isinstance(args, Mapping):
+        raise TesselError(f"{path}: its args are a {type(args).__name__}, not what Megatron saves. Check the path.")
+    num_ranks = 1
+    for key in (*_DEGREES.values(), *_OTHER_SIZES):
+        size = args.get(key)
+        if size is None:
+            continue
+        if type(size) is not int or size < 1:
+            raise TesselError(f"{path}: args.{key} is {str(size)[:100]!r}, and must be a whole number above 0.")
+        num_ranks *= size if key in _DEGREES.values() else 1
+    if max(num_ranks, args.get(_OTHER_SIZES[0]) or 1) > _MAX_RANKS:
+        raise TesselError(f"{path}: its args say more than {_MAX_RANKS:,} ranks, which no run has. Take another copy.")
+    return args
 
 
 def _check_backend(path: Path) -> None:

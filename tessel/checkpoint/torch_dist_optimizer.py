@@ -24,6 +24,7 @@ from tessel.checkpoint.flat_buffers import ORDERS, Buffers, Spot, placed
 from tessel.checkpoint.fused import pieces
 from tessel.checkpoint.mcore_match import source_of
 from tessel.checkpoint.mcore_names import EMBEDDING_KEY, HEAD, HEAD_KEY
+from tessel.checkpoint.mcore_optimizer import counters, groups_of, step_of
 from tessel.checkpoint.stored import Assembled, Piece, StoredTensor
 from tessel.checkpoint.torch_dist_keys import Keyed, find, joined_halves
 from tessel.checkpoint.weights import named
@@ -77,19 +78,13 @@ def optimizer_of(
 
 def _numbers(found: DcpFolder, common: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any]:
     """Counters, the scheduler and the optimizer's groups."""
-    state: dict[str, Any] = {}
-    for key in ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"):
-        if args.get(key) is not None:
-            state[key] = args[key]
-    for key in ("iteration", "opt_param_scheduler", "num_floating_point_operations_so_far"):
-        if key in common:
-            state[key] = torch_file.plain(common[key])
+    state = counters(common, args)
     sources = [common.get("optimizer"), *(found.other(name) for name in found.others if _GROUPS.fullmatch(name))]
     groups: list[Mapping[str, Any]] = []
     steps: list[float] = []
     for item in _nested(sources):
-        groups += [group for group in item.get("param_groups") or () if isinstance(group, Mapping)]
-        steps += [float(item[key]) for key in ("common_step", "step") if key in item]
+        groups += groups_of(item)
+        steps += [step for key in ("common_step", "step") if (step := step_of(item.get(key))) is not None]
         if isinstance(item.get("grad_scaler"), Mapping):
             state["grad_scaler"] = torch_file.plain(item["grad_scaler"])
     if groups:

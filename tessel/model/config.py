@@ -12,7 +12,15 @@ from typing import Any
 from tessel.config.experts import Experts
 from tessel.config.run import ModelShape
 from tessel.errors import TesselError, UsageError
-from tessel.model.families import ARCHITECTURES, DEFAULTS, FAMILIES, WHOLE, experts_from_hf, experts_to_hf
+from tessel.model.families import (
+    ARCHITECTURES,
+    DEFAULTS,
+    FAMILIES,
+    WHOLE,
+    experts_from_hf,
+    experts_to_hf,
+    require_sizes,
+)
 from tessel.model.mapping import ModelMapping, OwnConfig
 from tessel.model.mixture import router_changes
 from tessel.model.shape import contradictions, fields_from_shape, flags_of
@@ -127,6 +135,7 @@ class ModelConfig:
         _check_values(raw)
         known = {**DEFAULTS[family], **raw}
         heads, layers = int(raw["num_attention_heads"]), int(raw["num_hidden_layers"])
+        require_sizes(layers, 0)
         kv_heads = int(known.get("num_key_value_heads") or heads)
         head_dim = int(known.get("head_dim") or int(raw["hidden_size"]) // heads)
         if heads % kv_heads:

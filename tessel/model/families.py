@@ -60,6 +60,9 @@ WHOLE = (
     "decoder_sparse_step",
 )
 SCORES = ("softmax", "sigmoid")
+# Many times what any model has: a damaged file is not to make lists without end.
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 200_000
 
 
 class Mixture(Protocol):
@@ -89,6 +92,20 @@ class Mixture(Protocol):
     def expert_bias(self) -> tuple[tuple[float, ...], ...] | None: ...
 
 
+def require_sizes(num_layers: int, num_experts: int) -> None:
+    """Refuse numbers of layers, and of experts in all of them, that no model has.
+
+    Raises:
+        TesselError: one is too large.
+    """
+    if num_layers > MAX_LAYERS:
+        raise TesselError(f"num_hidden_layers {num_layers} is more than {MAX_LAYERS:,}, the most that is supported.")
+    if num_layers * num_experts > MAX_EXPERTS:
+        raise TesselError(
+            f"{num_experts} experts in {num_layers} layers are more than {MAX_EXPERTS:,}, the most that are supported."
+        )
+
+
 def experts_from_hf(raw: Mapping[str, Any], family: str, num_layers: int) -> dict[str, Any]:
     """The fields of a ModelConfig that are about experts; none for a dense family.
 
@@ -102,6 +119,7 @@ def experts_from_hf(raw: Mapping[str, Any], family: str, num_layers: int) -> dic
         return {}
     known = {**DEFAULTS[family], **raw}
     num_experts = int(raw.get("num_local_experts") or known["num_experts"])
+    require_sizes(num_layers, num_experts)
     chosen = int(known["num_experts_per_tok"])
     if chosen > num_experts:
         raise TesselError(f"num_experts_per_tok {chosen} is more than the {num_experts} experts of a layer.")

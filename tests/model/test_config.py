@@ -242,3 +242,10 @@ def test_a_random_model_has_a_whole_config(tmp_path: Path) -> None:
 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert shapes == {name: rule.shape for name, rule in parameters(config).items()}
+
+
+def test_sizes_that_no_model_has_take_no_time() -> None:
+    with pytest.raises(TesselError, match="num_hidden_layers 1000000000 is more than 10,000"):
+        ModelConfig.from_hf(hf("qwen3_moe", num_hidden_layers=10**9))
+    with pytest.raises(TesselError, match="100000 experts in 3 layers are more than 200,000"):
+        ModelConfig.from_hf(hf("qwen3_moe", num_experts=100_000))
