@@ -32,6 +32,7 @@ _GROUP_MARGIN = timedelta(seconds=30)
 _SHORTEST_POLL_S = 0.02
 _LONGEST_POLL_S = 1.0
 _SILENT_WAIT_S = 10.0
+_PARTING_WAIT_S = 20.0
 _CONNECT_TIMEOUT_S = 5.0
 _DONE, _FAILED = "done", "failed"
 
@@ -101,6 +102,23 @@ class Processes:
             if self._store.add(f"{key}/count", 1) == self.world.world_size:
                 self._store.set(key, _DONE)
             self._wait_for(key, f"all processes: {what}")
+
+    def part(self) -> None:
+        """After the last collective: nobody closes its connections while another may still be in it.
+
+        Rank 0, which may hold the store, goes last. One that has died meanwhile is waited for a while only.
+        """
+        if self._store is None:
+            return
+        deadline_s = time.monotonic() + _PARTING_WAIT_S
+        steps = [("part/here", self.world.world_size), ("part/gone", self.world.world_size - 1)]
+        for key, count in steps:
+            if key == "part/here" or self.world.rank != 0:
+                self._store.add(key, 1)
+            while (key == "part/here" or self.world.rank == 0) and time.monotonic() < deadline_s:
+                if self._store.add(key, 0) >= count:
+                    break
+                time.sleep(_SHORTEST_POLL_S)
 
     def together(self, function: Callable[[], T]) -> T:
         """What `function()` returns here, once it has succeeded everywhere.
@@ -177,6 +195,7 @@ def process_group(device: torch.device, timeout_minutes: float, world: World | N
         processes.meet("the end")
     # Gloo aborts where a rank leaves while another is still in a group.
     distributed.barrier(group=control)
+    processes.part()
     failure.sign_out()
     distributed.destroy_process_group()
 
