@@ -1,6 +1,6 @@
 """Repositories of the Hugging Face hub: what comes is what the hub has, through every kind of failure."""
 
-from __future__ import annotations
+from __future__ import functools
 
 import hashlib
 import json
@@ -392,7 +392,11 @@ def test_an_interrupted_process_and_the_same_command_again(
     hub.faults[FIRST] = ["stall:20000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "tessel", "download", NAME, "--include", FIRST]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    # A shell lets its background jobs ignore Ctrl-C, and their children with them.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    )
     half = tmp_path / "tiny" / (FIRST + ".incomplete")
     try:
         deadline = time.monotonic() + 60
