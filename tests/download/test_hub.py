@@ -1,7 +1,8 @@
 """Repositories of the Hugging Face hub: what comes is what the hub has, through every kind of failure."""
 
-from __future__ import functools
+from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
