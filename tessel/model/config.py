@@ -140,6 +140,8 @@ class ModelConfig:
         head_dim = int(known.get("head_dim") or int(raw["hidden_size"]) // heads)
         if heads % kv_heads:
             raise TesselError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
+        if head_dim < 1:
+            raise TesselError(f"hidden_size {raw['hidden_size']} is less than num_attention_heads {heads}.")
         if head_dim % 2:
             raise TesselError(f"head_dim {head_dim} is odd, and rotary positions turn pairs.")
         sliding_window, layer_types = _windows(known, family, layers)

@@ -249,3 +249,5 @@ def test_sizes_that_no_model_has_take_no_time() -> None:
         ModelConfig.from_hf(hf("qwen3_moe", num_hidden_layers=10**9))
     with pytest.raises(TesselError, match="100000 experts in 3 layers are more than 200,000"):
         ModelConfig.from_hf(hf("qwen3_moe", num_experts=100_000))
+    with pytest.raises(TesselError, match="hidden_size 7 is less than num_attention_heads 8"):
+        ModelConfig.from_hf(hf("llama", hidden_size=7, num_attention_heads=8))
