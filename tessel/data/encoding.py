@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tessel.data.readers import Block, Document, parse_block
-from tessel.data.tokenizer import EncodeBatch
+from tessel.data.tokenizer import BatchEncoder
 from tessel.errors import TesselError
 
 _WAIT_S = 5.0
@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
 class BlockEncoder:
     """Encodes the values of `keys`; `eod` None appends nothing. Can be sent to another process."""
 
-    encode_batch: EncodeBatch
+    encode_batch: BatchEncoder
     keys: tuple[str, ...]
     eod: int | None
 

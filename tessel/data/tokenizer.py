@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from tessel.config.run import Tokenizer as TokenizerSection
 from tessel.errors import TesselError, UsageError
@@ -29,7 +32,15 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _NAMED_SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id")
 
-EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
+
+class BatchEncoder(Protocol):
+    """`Tokenizer.encode` over many texts. Can be pickled and sent to another process."""
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """tokens i32[N], the ids of all texts one after another, and lengths i32[S], how many each text has."""
 
 
 class Tokenizer(Protocol):
@@ -63,8 +74,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
 
-    def batch_encoder(self) -> EncodeBatch:
-        """`encode` over a list, as a function that can be pickled and sent to another process."""
+    def batch_encoder(self) -> BatchEncoder:
+        """`encode` over many texts, for another process."""
 
 
 def load_tokenizer(
@@ -164,12 +175,27 @@ class NullTokenizer:
         """The ids as numbers between spaces."""
         return " ".join(str(int(i)) for i in ids if not (skip_special_tokens and i == self.eod))
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def batch_encoder(self) -> BatchEncoder:
+        """`encode` over many texts, for another process."""
+        return _EachText(self)
 
-    def batch_encoder(self) -> EncodeBatch:
-        """`encode` over a list, as a function that can be pickled."""
-        return self._encode_batch
+
+class _EachText:
+    """Ids of one text after another."""
+
+    def __init__(self, tokenizer: NullTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._tokenizer.encode(text) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _flat(self(texts))
+
+
+def _flat(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum(dtype=np.int64))), lengths
 
 
 class HuggingFaceTokenizer:
@@ -204,8 +230,8 @@ class HuggingFaceTokenizer:
         text = self._hf.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def batch_encoder(self) -> EncodeBatch:
-        """`encode` over a list, as a function that can be pickled; it holds no transformers object if it can."""
+    def batch_encoder(self) -> BatchEncoder:
+        """`encode` over many texts, for another process; it holds no transformers object if it can."""
         return _FastEncoder(self._backend) if self._backend is not None else _SlowEncoder(self._hf)
 
 
@@ -217,6 +243,9 @@ class _FastEncoder:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _flat(self(texts))
 
     def __getstate__(self) -> dict[str, Any]:
         # This switch is not part of a pickled tokenizer.
@@ -235,6 +264,9 @@ class _SlowEncoder:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(self._tokenizer(text).input_ids) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _flat(self(texts))
 
 
 def _open(path: Path, use_fast: bool) -> Any:

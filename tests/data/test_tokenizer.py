@@ -256,3 +256,14 @@ def test_qwen_ids(shared: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (151665, 151643, -1)
     for text in NASTY:
         assert tokenizer.encode(text) == reference_ids(folder, text)
+
+
+def test_flat_ids_are_those_of_each_text(tiny_tokenizer_folder: Path) -> None:
+    tokenizers = (HuggingFaceTokenizer(tiny_tokenizer_folder), NullTokenizer(100))
+    for tokenizer, texts in zip(tokenizers, (NASTY, ["1 2", "", "3"]), strict=True):
+        tokens, lengths = tokenizer.batch_encoder().encode_flat(texts)
+        expected = [tokenizer.encode(text) for text in texts]
+        assert (tokens.dtype, lengths.dtype) == ("int32", "int32")
+        assert tokens.tolist() == sum(expected, []) and lengths.tolist() == [len(ids) for ids in expected]
+        tokens, lengths = tokenizer.batch_encoder().encode_flat([])
+        assert tokens.shape == lengths.shape == (0,)
