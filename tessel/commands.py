@@ -14,9 +14,12 @@ from typing import TypeVar
 from tessel.config import convert as conversion
 from tessel.config import verbs
 from tessel.config.download_rules import validate_download
-from tessel.config.megatron import MEGATRON, PREPROCESSING, ForeignFlags
+from tessel.config.megatron import MEGATRON, ForeignFlags
 from tessel.config.parser import parse
 from tessel.config.plan_rules import validate_plan
+from tessel.config.preprocess import PreprocessConfig
+from tessel.config.preprocess_flags import PREPROCESSING
+from tessel.config.preprocess_rules import validate_preprocess
 from tessel.config.run import RunConfig
 from tessel.config.show import format_config, mark_changes
 from tessel.config.validate import advice, validate, validate_generate, validate_samples
@@ -74,7 +77,7 @@ def _check_before_launch(cfg: RunConfig, given: frozenset[str]) -> None:
 
 def preprocess(argv: list[str]) -> None:
     """Tokenize text files into a .bin/.idx dataset."""
-    cfg = _read(verbs.PreprocessConfig, argv, "preprocess", foreign=PREPROCESSING)
+    cfg = _read(PreprocessConfig, argv, "preprocess", validate_preprocess, PREPROCESSING)
     if cfg is None:
         return
     from tessel.data import preprocess as target

@@ -320,11 +320,3 @@ LATER_FAMILIES: tuple[tuple[str, str], ...] = (
 
 MEGATRON = ForeignFlags(ACCEPTED, INSTEAD, LATER, LATER_FAMILIES)
 """For the verbs that take a model's or a run's flags."""
-
-PREPROCESSING = ForeignFlags(
-    {**ACCEPTED, "--log-interval": Accepted(1, "progress shows itself")},
-    INSTEAD,
-    {**LATER, **_later("preprocessing into samples of one length", "--seq-length --seed")},
-    LATER_FAMILIES,
-)
-"""For `tessel preprocess`."""

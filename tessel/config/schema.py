@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
 import types
@@ -93,7 +94,13 @@ def _walk(cls: type, path: tuple[str, ...]) -> typing.Iterator[Option]:
         kind, many = _kind(hints[f.name])
         required = f.default is dataclasses.MISSING
         default = None if required else f.default
-        yield Option(f.name, path, first_sentence(cls.__doc__ or ""), kind, many, default, required, f.metadata)
+        heading = first_sentence(_declarer(cls, f.name).__doc__ or "")
+        yield Option(f.name, path, heading, kind, many, default, required, f.metadata)
+
+
+def _declarer(cls: type, name: str) -> type:
+    """The class of `cls` and its bases that declares a field: its docstring is the heading."""
+    return next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:

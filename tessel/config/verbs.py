@@ -16,23 +16,6 @@ DEVICES = ("auto", "cpu", "cuda", "npu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessConfig:
-    """Input and output."""
-
-    input: tuple[str, ...] = option(
-        REQUIRED, "files of text: .jsonl, or .txt with one document a line", nargs="+", metavar="FILE"
-    )
-    output_prefix: str = option(REQUIRED, "where to write: PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
-    json_keys: tuple[str, ...] = option(
-        ("text",), "keys of a .jsonl line that hold text; a dataset each", nargs="+", metavar="KEY"
-    )
-    append_eod: bool = option(False, "end each document with the end-of-document token")
-    workers: int = option(1, "processes that tokenize")
-    vocab_size: int | None = option(None, "vocabulary of a NullTokenizer: the end-of-document id")
-    tokenizer: Tokenizer = field(default_factory=Tokenizer)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
     """Which samples.
 

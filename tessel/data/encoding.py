@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from tessel.data.readers import Block, Document, parse_block
+from tessel.data.rows import Row
 from tessel.data.tokenizer import BatchEncoder
 from tessel.errors import TesselError
 
@@ -33,6 +34,39 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     sequences_per_document: np.ndarray
+
+
+class RowError(TesselError):
+    """A row that cannot be encoded: its number, as in `Row`, and why (a sentence that names no file)."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(number, reason)
+        self.number = number
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"row {self.number}: {self.reason}"
+
+
+class RowEncoder(Protocol):
+    """Rows to ids. Can be pickled, since workers are other processes.
+
+    Attributes:
+        outputs: keys of the datasets written, each `{prefix}_{key}_document`.
+        columns: the columns that it reads; None for all.
+    """
+
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+    @property
+    def columns(self) -> tuple[str, ...] | None: ...
+
+    def __call__(self, rows: Sequence[Row], where: str) -> tuple[Encoded, ...]:
+        """One `Encoded` an output, all of `rows` in order; `where` names their file.
+
+        Raises:
+            RowError: a row cannot be encoded.
+        """
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tessel.errors import TesselError, UsageError
 from tessel.runtime.log import log, progress
 
 if TYPE_CHECKING:
-    from tessel.config.verbs import PreprocessConfig
+    from tessel.config.preprocess import PreprocessConfig
 
 # Small enough that the last blocks keep all workers busy, large enough that a hand-over costs nothing.
 _BLOCK_BYTES = 1 << 19

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tessel.config import verbs
-from tessel.config.megatron import ACCEPTED, INSTEAD, LATER, MEGATRON, PREPROCESSING
+from tessel.config.megatron import ACCEPTED, INSTEAD, LATER, MEGATRON
 from tessel.config.parser import Parsed, parse
+from tessel.config.preprocess import PreprocessConfig
+from tessel.config.preprocess_flags import PREPROCESSING
 from tessel.config.run import RunConfig
 from tessel.config.schema import normal_flag, options
 from tessel.config.validate import validate
@@ -56,7 +58,7 @@ def read(*argv: str) -> Parsed:
 def test_flags_that_act_are_fields():
     assert set(TRAINING_FLAGS) <= spellings(RunConfig)
     assert set(TRAINING_FLAGS) <= spellings(verbs.SamplesConfig)
-    assert set(PREPROCESS_FLAGS) <= spellings(verbs.PreprocessConfig)
+    assert set(PREPROCESS_FLAGS) <= spellings(PreprocessConfig)
     assert set(GENERATE_FLAGS) <= spellings(verbs.GenerateConfig)
 
 
@@ -142,13 +144,20 @@ def test_what_a_remedy_names_exists():
 
 def test_preprocessing_has_rows_of_its_own():
     argv = ["--input", "a.txt", "--output-prefix", "p", "--handler-name", "GeneralPretrainHandler"]
-    parsed = parse(verbs.PreprocessConfig, [*argv, "--log-interval", "100"], "tessel preprocess", PREPROCESSING)
+    parsed = parse(
+        PreprocessConfig, [*argv, "--streaming", "--log-interval", "100"], "tessel preprocess", PREPROCESSING
+    )
     assert parsed.value.input == ("a.txt",)
-    assert "--log-interval (progress shows itself)" in parsed.notes[0]
-    with pytest.raises(UsageError, match="--handler-name AlpacaStyleInstructionHandler is not supported yet"):
-        parse(verbs.PreprocessConfig, ["--handler-name", "AlpacaStyleInstructionHandler"], "x", PREPROCESSING)
-    with pytest.raises(UsageError, match="--seq-length is not supported yet"):
-        parse(verbs.PreprocessConfig, [*argv, "--seq-length", "8"], "x", PREPROCESSING)
+    assert parsed.value.log_interval == 100
+    assert parsed.notes == ("accepted without effect: --streaming (input is always streamed, and nothing is cached)",)
+    with pytest.raises(
+        UsageError, match="--script-data-dir is not a flag of tessel: scripts of data sets are never run"
+    ):
+        parse(PreprocessConfig, [*argv, "--script-data-dir", "x"], "x", PREPROCESSING)
+    tables = [set(PREPROCESSING.accepted), set(PREPROCESSING.instead), set(PREPROCESSING.later)]
+    for i, table in enumerate(tables):
+        assert not table & spellings(PreprocessConfig)
+        assert not any(table & other for other in tables[i + 1 :])
 
 
 def test_no_flag_that_scripts_of_the_suites_use_for_training_is_unknown(shared: Path):

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from tessel import commands
+from tessel.config.preprocess import PreprocessConfig
 from tessel.config.run import Tokenizer as Section
-from tessel.config.verbs import PreprocessConfig
 from tessel.data.encoding import BlockEncoder, encode_blocks
 from tessel.data.indexed import IndexedDataset
 from tessel.data.metadata import metadata_path, read_metadata
