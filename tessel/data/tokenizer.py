@@ -220,6 +220,11 @@ class HuggingFaceTokenizer:
         self.pad = _pad_id(self._hf, self.eod, section)
         self.identity = f"{type(self._hf).__name__}:{_digest(path)}"
 
+    @property
+    def hf(self) -> Any:
+        """The transformers tokenizer behind it, for chat templates and special tokens; not to be changed."""
+        return self._hf
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with the tokenizer's own special tokens."""
         return self.batch_encoder()([text])[0]
