@@ -1,0 +1,1 @@
+"""Dialogues as training data: rows to dialogues, dialogues to ids and labels."""
