@@ -68,7 +68,7 @@ def _continue(
         max_new_tokens=cfg.max_new_tokens,
         sampling=sampling,
         eos_ids=eos_ids,
-        generator=torch.Generator().manual_seed(seed),
+        seed=seed,
     )
     stream = TextStream(tokenizer, prompt_ids)
     pieces = [prompt]

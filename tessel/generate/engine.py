@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
@@ -16,15 +15,13 @@ from tessel.checkpoint.detect import companion_folder, format_of, open_model
 from tessel.checkpoint.fill import fill_model
 from tessel.checkpoint.stored import StoredModel
 from tessel.errors import TesselError
-from tessel.generate.cache import KeyValueCache
-from tessel.generate.sampling import Sampling, next_token
+from tessel.generate.batcher import Batcher, Model
+from tessel.generate.request import Request
+from tessel.generate.sampling import Sampling
 from tessel.model.config import ModelConfig
 from tessel.model.kernels import Kernels, choose
 from tessel.model.transformer import Transformer
 from tessel.runtime.files import require_path
-
-# More would be allocated in vain where a text ends early; the cache doubles when it is full.
-_FIRST_CAPACITY_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -132,68 +129,43 @@ def stop_ids(folder: Path, config: ModelConfig) -> frozenset[int]:
     return frozenset(tokens)
 
 
+class _NoText:
+    """For those who want tokens alone."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+
 def generate_tokens(
-    model: Transformer,
+    model: Model,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
     sampling: Sampling,
     eos_ids: Collection[int] = (),
-    generator: torch.Generator | None = None,
+    seed: int | None = None,
 ) -> Iterator[int]:
-    """New tokens one by one, each computed when it is asked for.
+    """New tokens of one text, each computed when it is asked for.
 
     Ends after `max_new_tokens`, before a token of `eos_ids` (it is not given), or where the
-    model's context is full. `generator` is a CPU generator; None takes torch's own.
+    model's context is full. Without a `seed`, draws are from torch's own generator.
 
     Raises:
         TesselError: the prompt is empty, longer than the context, or holds an id that the model lacks.
     """
-    _check_prompt(model.config, prompt_ids)
-    return _tokens(model, prompt_ids, max_new_tokens, sampling, frozenset(eos_ids), generator)
+    batcher = Batcher(model, _NoText(), device=device_of(model), max_running=1)
+    batcher.add(Request(tuple(prompt_ids), sampling, max_new_tokens, frozenset(eos_ids), seed=seed))
+    return _tokens(batcher)
 
 
-def _check_prompt(config: ModelConfig, prompt_ids: Sequence[int]) -> None:
-    if not prompt_ids:
-        raise TesselError("The prompt has no tokens, and there is nothing to continue. Give at least one.")
-    if len(prompt_ids) > config.max_position_embeddings:
-        raise TesselError(
-            f"The prompt has {len(prompt_ids)} tokens, and the model's context (max_position_embeddings) "
-            f"{config.max_position_embeddings}. Shorten the prompt."
-        )
-    if not 0 <= min(prompt_ids) <= max(prompt_ids) < config.vocab_size:
-        raise TesselError(
-            f"The prompt holds ids from {min(prompt_ids)} to {max(prompt_ids)}, and the model's go from 0 to "
-            f"{config.vocab_size - 1}. Use the tokenizer that the model was trained with."
-        )
+def _tokens(batcher: Batcher) -> Iterator[int]:
+    while batcher.num_running or batcher.num_waiting:
+        for event in batcher.step():
+            if event.token is not None:
+                yield event.token
 
 
-def _tokens(
-    model: Transformer,
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos_ids: frozenset[int],
-    generator: torch.Generator | None,
-) -> Iterator[int]:
-    # The last token takes no position: it is never fed back.
-    num_tokens = min(max_new_tokens, model.config.max_position_embeddings - len(prompt_ids) + 1)
-    cache = KeyValueCache(len(prompt_ids) + min(num_tokens, _FIRST_CAPACITY_TOKENS))
-    new_ids = list(prompt_ids)
-    for _ in range(num_tokens):
-        token = next_token(_next_logits(model, new_ids, cache), sampling, generator)
-        if token in eos_ids:
-            return
-        yield token
-        new_ids = [token]
-
-
-@torch.inference_mode()
-def _next_logits(model: Transformer, new_ids: Sequence[int], cache: KeyValueCache) -> Tensor:
-    """Logits [V] after the cached positions and `new_ids`, which are cached as well."""
-    device = model.head_weight.device
-    begin = cache.num_tokens
-    tokens_BS = torch.tensor([list(new_ids)], dtype=torch.int64, device=device)
-    positions_BS = torch.arange(begin, begin + len(new_ids), device=device)[None]
-    logits_BSV: Tensor = model(tokens_BS, positions_BS, cache=cache, logits="last")
-    return logits_BSV[0, -1]
+def device_of(model: Model) -> torch.device:
+    """Where a model takes its tokens."""
+    assert isinstance(model, torch.nn.Module)
+    return next(model.parameters()).device

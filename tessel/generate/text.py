@@ -45,3 +45,32 @@ class TextStream:
     def _pending(self) -> str:
         before = self._decoder.decode(self._ids[self._context : self._shown])
         return self._decoder.decode(self._ids[self._context :])[len(before) :]
+
+
+class StopStrings:
+    """Cuts a text before the first of some strings, and holds back what may be the beginning of one."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = [string for string in strings if string]
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """What of the text so far is certain to stay and was not given before; whether a string was met."""
+        if not self._strings:
+            return text, False
+        self._held += text
+        met = [at for string in self._strings if (at := self._held.find(string)) >= 0]
+        if met:
+            return self._held[: min(met)], True
+        keep = max(self._overlap(string) for string in self._strings)
+        given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return given, False
+
+    def finish(self) -> str:
+        """What was held back; the text has ended otherwise."""
+        return self._held
+
+    def _overlap(self, string: str) -> int:
+        """The longest end of what is held that is a beginning of the string."""
+        longest = min(len(string) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)

@@ -26,8 +26,8 @@ _MIN_SEGMENT_TOKENS = 32
 class KeyValueCache(Protocol):
     """What generation keeps of earlier positions."""
 
-    def update(self, layer: int, keys_BSGD: Tensor, values_BSGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new keys and values of a layer; returns all of them in order, [B, K, G, D]."""
+    def attend(self, layer: int, q_1NHD: Tensor, k_1NGD: Tensor, v_1NGD: Tensor, window: int | None) -> Tensor:
+        """Keep a layer's new keys and values, and attend with what was kept of each text. [1, N, H, D]."""
         ...
 
 
@@ -165,7 +165,8 @@ class Attention(nn.Module):
             q_BSHD, k_BSGD = self.q_norm(q_BSHD), self.k_norm(k_BSGD)
         q_BSHD, k_BKGD = rotate(q_BSHD, *rope), rotate(k_BSGD, *rope)
         if cache is not None:
-            k_BKGD, v_BKGD = cache.update(self.layer, k_BKGD, v_BKGD)
+            cached_BSE: Tensor = self.o_proj(cache.attend(self.layer, q_BSHD, k_BKGD, v_BKGD, self.window).flatten(2))
+            return cached_BSE
         dropout = self.dropout if self.training else 0.0
         arguments = (q_BSHD, k_BKGD, v_BKGD, visibility, self.window, dropout)
         out_BSHD = recomputed(self.kernel, *arguments) if self.recompute else self.kernel(*arguments)

@@ -242,7 +242,7 @@ class Transformer(nn.Module):
         labels_BS: Tensor | None = None,
         weights_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        logits: Literal["all", "last"] = "all",
+        logits: Literal["all"] | Tensor = "all",
         z_loss_coeff: float = 0.0,
     ) -> Tensor:
         """What is returned depends on what is given.
@@ -251,20 +251,21 @@ class Transformer(nn.Module):
           the loss (see `model/loss.py`). A label is the token that should follow; where the weight
           is 0 it may be anything. For fp16, put the loss scale into the weights.
         - labels alone: the nll of each token, fp32 [B, S], without gradients.
-        - neither: logits [B, S, V], or [B, 1, V] with `logits="last"`, in the dtype of the weights.
+        - neither: logits [B, S, V] in the dtype of the weights; with `logits` (i64 [R], positions of S) those of
+          these alone, [B, R, V].
         - whatever is given, by a part that is not the last: hidden states [B, S, E]. One that is not the first
           takes them in place of tokens; `positions_BS` then have to be given where S is cut.
 
         `positions_BS` are RoPE positions (0, 1, ... where not given; required with a cache).
         `segments_BS`, integers: a token sees the tokens up to itself that have its own number; None:
-        all up to itself. With a cache, segments cover the cached and the new positions, and the new
-        tokens are the last of them.
+        all up to itself. With a cache, which knows the texts that the tokens belong to, B is 1 and there are none.
         """
         hidden_BSE: Tensor = self.model(tokens_BS, positions_BS, segments_BS, cache)
         if not self.model.is_last:
             return hidden_BSE
         if labels_BS is None:
-            logits_BSV = F.linear(hidden_BSE if logits == "all" else hidden_BSE[:, -1:], self.head_weight)
+            chosen_BSE = hidden_BSE[:, logits] if isinstance(logits, Tensor) else hidden_BSE
+            logits_BSV = F.linear(chosen_BSE, self.head_weight)
             return logits_BSV if self.vocabulary is None else self.vocabulary.join(logits_BSV)
         hidden_NE, labels_N = hidden_BSE.flatten(0, 1), labels_BS.flatten()
         if weights_BS is None:

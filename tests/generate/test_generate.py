@@ -17,7 +17,7 @@ from tessel.data.tokenizer import HuggingFaceTokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.generate.cache import KeyValueCache
 from tessel.generate.engine import find_model, generate_tokens, load_model, stop_ids
-from tessel.generate.sampling import GREEDY, Sampling, allowed_logits, next_token
+from tessel.generate.sampling import GREEDY, Sampling, allowed_logits, next_token, penalized
 from tessel.generate.text import TextStream
 from tessel.model.config import ModelConfig
 from tessel.model.transformer import Transformer
@@ -83,32 +83,21 @@ def test_the_cache_changes_nothing(family: str, config: dict[str, Any], tiny_hf_
     with torch.no_grad():
         whole = model(text)
         for splits in ([30], [12] + [1] * 18, [1] * 30, [7, 9, 1, 13]):
-            cache = KeyValueCache(4)
-            pieces, begin = [], 0
-            for length in splits:
-                end = begin + length
-                pieces.append(model(text[:, begin:end], torch.arange(begin, end)[None], cache=cache))
-                begin = end
-            torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-5)
-            assert cache.num_tokens == 30
-
-
-def test_cache_grows_by_doubling_and_keeps_what_it_held() -> None:
-    cache = KeyValueCache(2)
-    assert cache.num_tokens == cache.num_bytes == 0
-    keys, values = torch.randn(3, 11, 2, 4), torch.randn(3, 11, 2, 4)
-    pointers = []
-    for end in range(1, 12):
-        for layer in (0, 5):
-            new = slice(end - 1, end)
-            all_keys, all_values = cache.update(layer, keys[:, new] + layer, values[:, new] - layer)
-            assert torch.equal(all_keys, keys[:, :end] + layer)
-            assert torch.equal(all_values, values[:, :end] - layer)
-        pointers.append(all_keys.data_ptr())
-        assert cache.num_tokens == end
-    assert cache.capacity_tokens == 16
-    assert len(set(pointers[4:8])) == 1 and len(set(pointers[8:])) == 1, "no copy while there is room"
-    assert cache.num_bytes == 2 * 2 * 3 * 16 * 2 * 4 * 4
+            cache = KeyValueCache()
+            slot = cache.open()
+            for row in range(2):
+                cache.cut(slot, 0)
+                pieces, begin = [], 0
+                for length in splits:
+                    end = begin + length
+                    cache.stage([(slot, length)])
+                    positions = cache.positions("cpu")
+                    assert positions.tolist() == [list(range(begin, end))]
+                    pieces.append(model(text[row : row + 1, begin:end], positions, cache=cache))
+                    cache.commit()
+                    begin = end
+                torch.testing.assert_close(torch.cat(pieces, dim=1)[0], whole[row], rtol=0, atol=1e-5)
+                assert cache.length(slot) == 30
 
 
 def test_it_stops_before_an_end_of_text_token(tiny_hf_folder: MakeFolder) -> None:
@@ -177,6 +166,37 @@ def test_masks_are_those_of_transformers(temperature: float, top_k: int, top_p: 
     assert torch.equal(ours, theirs[0])
 
 
+@pytest.mark.parametrize("min_p", [0.01, 0.2, 1.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.9), (7, 0.9)])
+@pytest.mark.parametrize("size", [40, 5000])
+def test_min_p_is_that_of_transformers(min_p: float, top_k: int, top_p: float, size: int) -> None:
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    warpers = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k else [])
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    theirs = LogitsProcessorList([*warpers, MinPLogitsWarper(min_p)])(torch.tensor([[0]]), logits(size)[None])
+    ours = allowed_logits(logits(size), Sampling(top_k=top_k, top_p=top_p, min_p=min_p))
+    assert torch.equal(ours, theirs[0])
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    seen = torch.tensor([3, 3, 7, 39])
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(seen[None], logits()[None])[0]
+    assert torch.equal(penalized(logits(), seen, 1.3), theirs)
+    assert next_token(torch.tensor([1.0, 1.1]), Sampling(greedy=True, repetition_penalty=1.3), None, seen[:0]) == 1
+    assert (
+        next_token(torch.tensor([1.0, 1.1]), Sampling(greedy=True, repetition_penalty=1.3), None, torch.tensor([1]))
+        == 0
+    )
+
+
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(temperature=1.3, top_p=0.8)]
 )
@@ -198,8 +218,7 @@ def test_the_same_seed_gives_the_same_text(tiny_hf_folder: MakeFolder) -> None:
     model, _ = load_model(tiny_hf_folder("qwen2"))
 
     def draw(seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return continue_(model, sampling=Sampling(top_k=20), generator=generator, max_new_tokens=20)
+        return continue_(model, sampling=Sampling(top_k=20), seed=seed, max_new_tokens=20)
 
     state = torch.get_rng_state()
     assert draw(1) == draw(1) != draw(2)

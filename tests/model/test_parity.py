@@ -157,7 +157,9 @@ def test_per_token_nll_and_last_logits(pair: Any, tokens_BS: Tensor) -> None:
     expected = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none")
     assert nll_BS.dtype == torch.float32 and nll_BS.shape == tokens_BS.shape and not nll_BS.requires_grad
     torch.testing.assert_close(nll_BS.flatten(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours(tokens_BS, logits="last"), logits_BSV[:, -1:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours(tokens_BS, logits=torch.tensor([tokens_BS.shape[1] - 1])), logits_BSV[:, -1:], rtol=0, atol=1e-6
+    )
     with torch.no_grad():
         loss = ours(tokens_BS, labels_BS=labels_BS, weights_BS=weights_BS)
     assert loss.item() == pytest.approx((nll_BS * weights_BS).sum().item(), rel=1e-6)
