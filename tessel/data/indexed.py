@@ -16,7 +16,6 @@ import mmap
 import os
 import struct
 import tempfile
-from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +23,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from tessel.data.spool import Spool
 from tessel.errors import TesselError
-from tessel.runtime.files import atomic_write, disk_errors, require_path
+from tessel.runtime.files import atomic_write, claim, disk_errors, remove_unclaimed, require_path
 from tessel.runtime.log import warn_once
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -190,28 +190,37 @@ class IndexedDatasetWriter:
     """Writes one `prefix.bin` and `prefix.idx`; nothing appears under those names before `finalize`.
 
     A context manager: leaving the block finalizes it, an error inside removes what was written.
-    `dtype` is the stored type, one of DTYPES.
+    `dtype` is the stored type, one of DTYPES; `multimodal` data has a mode for each sequence.
+    Memory does not grow with what is written.
 
     Raises:
         TesselError: a token does not fit the dtype, or the disk is full.
     """
 
-    def __init__(self, prefix: str | Path, dtype: Any) -> None:
+    def __init__(self, prefix: str | Path, dtype: Any, multimodal: bool = False) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<") if np.dtype(dtype).itemsize > 1 else np.dtype(dtype)
         if self.dtype not in _CODES:
             raise TesselError(f"{prefix}: a .bin file cannot hold {self.dtype}; u16 and i32 are usual.")
-        self._lengths = array("i")
-        self._documents = array("q", [0])
+        folder = Path(self.prefix).parent
+        self.num_tokens = 0
+        self._lengths = Spool("<i4", folder)
+        self._documents = Spool("<i8", folder)
+        self._documents.append(0)
+        self._modes = Spool("i1", folder) if multimodal else None
         self._bin = self._open()
 
     def _open(self) -> IO[bytes]:
         target = Path(f"{self.prefix}.bin")
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            return tempfile.NamedTemporaryFile(
+            # What a killed process left of the same dataset.
+            remove_unclaimed(target.parent, f".{target.name}.", ".tmp")
+            file = tempfile.NamedTemporaryFile(  # noqa: SIM115
                 dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False, buffering=1 << 20
             )
+            claim(file.fileno())
+            return file
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self
@@ -227,24 +236,49 @@ class IndexedDatasetWriter:
     def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Iterable[int] | None = None) -> None:
         """Append one document: token ids [N], cut into sequences of `lengths` (one sequence of all if not given)."""
         self._write(tokens)
-        self._lengths.extend([len(tokens)] if lengths is None else lengths)
+        with disk_errors(self.prefix):
+            for length in [len(tokens)] if lengths is None else lengths:
+                self._add_length(length, 0)
         self.end_document()
 
-    def add_item(self, tokens: Sequence[int] | np.ndarray) -> None:
+    def add_item(self, tokens: Sequence[int] | np.ndarray, mode: int = 0) -> None:
         """Append one sequence to the document in progress, which `end_document` closes."""
         self._write(tokens)
-        self._lengths.append(len(tokens))
+        with disk_errors(self.prefix):
+            self._add_length(len(tokens), mode)
 
     def end_document(self) -> None:
         """Close the document in progress."""
-        self._documents.append(len(self._lengths))
+        with disk_errors(self.prefix):
+            self._documents.append(len(self._lengths))
 
-    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append many documents of one sequence each: their tokens back to back, and the length of each."""
+    def add_documents(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        sequences_per_document: np.ndarray | None = None,
+        modes: np.ndarray | None = None,
+    ) -> None:
+        """Append many documents: their tokens back to back [N], the length of each sequence [S].
+
+        Documents have `sequences_per_document` [D], or one each. `modes` [S]: all 0 if not given.
+        """
         self._write(tokens)
         first = len(self._lengths)
-        self._lengths.frombytes(np.ascontiguousarray(lengths, np.int32).tobytes())
-        self._documents.frombytes(np.arange(first + 1, len(self._lengths) + 1, dtype=np.int64).tobytes())
+        if sequences_per_document is None:
+            ends = np.arange(first + 1, first + len(lengths) + 1, dtype=np.int64)
+        else:
+            ends = np.cumsum(sequences_per_document, dtype=np.int64) + first
+        with disk_errors(self.prefix):
+            self._lengths.extend(np.array(lengths, "<i4"))
+            self._documents.extend(ends)
+            if self._modes is not None:
+                self._modes.extend(np.zeros(len(lengths), "i1") if modes is None else np.array(modes, "i1"))
+
+    def _add_length(self, length: int, mode: int) -> None:
+        self._lengths.append(length)
+        if self._modes is not None:
+            self._modes.append(mode)
 
     def _write(self, tokens: Sequence[int] | np.ndarray) -> None:
         given = np.asarray(tokens)
@@ -259,17 +293,16 @@ class IndexedDatasetWriter:
                     f"{self.prefix}: token id {bad} does not fit {self.dtype.name}; write the dataset as int32."
                 )
         with disk_errors(self.prefix):
-            self._bin.write(given.astype(self.dtype, copy=False).tobytes())
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens added so far."""
-        return int(np.frombuffer(self._lengths, np.int32).sum(dtype=np.int64)) if self._lengths else 0
+            self._bin.write(np.ascontiguousarray(given, self.dtype).data)
+        self.num_tokens += len(given)
 
     def discard(self) -> None:
         """Remove what was written; no file of the dataset's name is touched."""
         with contextlib.suppress(OSError):  # of a full disk, in writing out what is still held
             self._bin.close()
+        for spool in (self._lengths, self._documents, self._modes):
+            if spool is not None:
+                spool.close()
         Path(self._bin.name).unlink(missing_ok=True)
 
     def finalize(self) -> None:
@@ -284,7 +317,6 @@ class IndexedDatasetWriter:
                 umask = os.umask(0)
                 os.umask(umask)
                 os.fchmod(self._bin.fileno(), 0o666 & ~umask)
-                self._bin.close()
                 # An old index beside the new tokens would be read as a pair.
                 index_path.unlink(missing_ok=True)
                 os.replace(self._bin.name, f"{self.prefix}.bin")
@@ -292,14 +324,18 @@ class IndexedDatasetWriter:
             self.discard()
 
     def _write_index(self, path: Path) -> None:
-        lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.zeros(0, np.int32)
-        pointers = np.zeros(len(lengths), "<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        pointers *= self.dtype.itemsize
-        header = struct.pack("<QBQQ", VERSION, _CODES[self.dtype], len(lengths), len(self._documents))
+        header = struct.pack("<QBQQ", VERSION, _CODES[self.dtype], len(self._lengths), len(self._documents))
         with open(path, "wb") as file:
             file.write(MAGIC + header)
-            for values, dtype in ((lengths, "<i4"), (pointers, "<i8"), (np.array(self._documents), "<i8")):
-                file.write(values.astype(dtype, copy=False).tobytes())
+            for lengths in self._lengths.chunks():
+                file.write(lengths.data)
+            start = 0
+            for lengths in self._lengths.chunks():
+                ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize + start
+                file.write((ends - lengths.astype("<i8") * self.dtype.itemsize).data)
+                start = int(ends[-1]) if len(ends) else start
+            for spool in (self._documents, self._modes):
+                for values in spool.chunks() if spool is not None else ():
+                    file.write(values.data)
             file.flush()
             os.fsync(file.fileno())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import fcntl
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -62,6 +63,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
         _fsync(path.parent)
+
+
+def claim(descriptor: int) -> None:
+    """Mark an open file as in use by this process, until it is closed, however the process ends."""
+    # A file system without locks keeps what a killed process left: no harm but space.
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_unclaimed(folder: Path, start: str, end: str) -> None:
+    """Remove the files `start*end` of a folder that no living process has a `claim` to."""
+    for path in folder.iterdir():
+        if not (path.name.startswith(start) and path.name.endswith(end) and path.is_file()):
+            continue
+        with suppress(OSError), open(path, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 @contextmanager
