@@ -155,7 +155,6 @@ ACCEPTED: dict[str, Accepted] = {
     "--encoder-tensor-model-parallel-size": Accepted(1, "there is no encoder", only=("0", "1")),
     "--encoder-pipeline-model-parallel-size": Accepted(1, "there is no encoder", only=("0",)),
     "--partitions": Accepted(1, "files are read in one go", only=("1",)),
-    "--handler-name": Accepted(1, "always so", only=("GeneralPretrainHandler",)),
 }  # fmt: skip
 
 INSTEAD: dict[str, str] = {
@@ -235,16 +234,14 @@ LATER: dict[str, str] = {
         "--ckpt-convert-format --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format --replication "
         "--replication-jump --replication-factor"
     )),
-    **_later("fine-tuning on dialogues", (
-        "--stage --is-instruction-dataset --is-pairwise-dataset --no-pad-to-seq-lengths "
-        "--variable-seq-lengths --no-shuffle --padded-samples --pack --neat-pack --prompt-type "
-        "--enable-thinking --pad-to-multiple-of --sft --train-on-prompt --mask-history --history-turns"
+    **_later("fine-tuning on dialogues as Megatron-LM reads them (--is-instruction-dataset is there)", (
+        "--sft --sft-tokenizer-prompt-format --history-turns"
     )),
     **_later("LoRA", (
         "--qlora --qlora-nf4 --qlora-save-dequantize"
     )),
     **_later("preprocessing beyond plain .jsonl and .txt", (
-        "--map-keys --overwrite-cache --n-subs --cache-dir --merge-group-keys --streaming --mix-strategy "
+        "--overwrite-cache --n-subs --cache-dir --merge-group-keys --streaming --mix-strategy "
         "--split-sentences --keep-newlines --lang"
     )),
     **_later("generation beyond plain continuation of prompts", (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tessel.config.finetune_rules import FINETUNE_RULES
 from tessel.config.launch_rules import LAUNCH_RULES
 from tessel.config.layout_rules import LAYOUT_RULES
 from tessel.config.memory_rules import MEMORY_RULES
@@ -33,7 +34,8 @@ AT_LEAST_ONE = _names(
     "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
     "expert_tensor_parallel_size num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank "
     "ulysses_degree_in_cp num_distributed_optimizer_instances nproc_per_node "
-    "num_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size"
+    "num_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size pad_to_multiple_of "
+    "max_padding_length"
 )
 ABOVE_ZERO = _names(
     "rotary_base norm_epsilon rope_scaling_factor low_freq_factor high_freq_factor exit_duration_in_mins "
@@ -298,7 +300,7 @@ def check_checkpoint(cfg: RunConfig) -> None:
         raise UsageError(f"--ckpt-step {checkpoint.ckpt_step} is an iteration of --load, which is not given.")
 
 
-SAMPLE_RULES: tuple[Rule, ...] = (check_ranges, check_tokenizer, check_data, check_batch)
+SAMPLE_RULES: tuple[Rule, ...] = (check_ranges, check_tokenizer, check_data, check_batch, *FINETUNE_RULES)
 RULES: tuple[Rule, ...] = (
     check_ranges,
     check_model,
@@ -315,4 +317,5 @@ RULES: tuple[Rule, ...] = (
     *LAUNCH_RULES,
     *LAYOUT_RULES,
     *MEMORY_RULES,
+    *FINETUNE_RULES,
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from tessel.config.experts import Experts
 from tessel.config.field import option
+from tessel.config.finetune import FineTune
 from tessel.config.layout import Launch, Layout
 from tessel.config.memory import Memory
 
@@ -323,6 +324,7 @@ class RunConfig:
     memory: Memory = field(default_factory=Memory)
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    finetune: FineTune = field(default_factory=FineTune)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)

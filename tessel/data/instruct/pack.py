@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from tessel.data.indexed import IndexedDataset, IndexedDatasetWriter
-from tessel.data.instruct.cuts import IGNORED, kept_by_turns
+from tessel.data.instruct.shorten import IGNORED, kept_by_turns
 from tessel.errors import TesselError
 
 _T = TypeVar("_T")
