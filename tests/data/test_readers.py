@@ -97,10 +97,8 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
     assert check_inputs([good, text], ["text"]) == [good, text]
     with pytest.raises(TesselError, match=r"goood.jsonl does not exist.*good.jsonl"):
         check_inputs([tmp_path / "goood.jsonl"], ["text"])
-    with pytest.raises(TesselError, match="is a folder"):
-        check_inputs([tmp_path], ["text"])
-    with pytest.raises(TesselError, match=r"\.parquet is not read; \.jsonl and \.txt are"):
-        check_inputs([write(tmp_path / "a.parquet", "x")], ["text"])
+    with pytest.raises(TesselError, match=r"\.docx is not read; \.jsonl, .* and \.txt are.*\.zst"):
+        check_inputs([write(tmp_path / "a.docx", "x")], ["text"])
     with pytest.raises(TesselError, match="no extension is not read"):
         check_inputs([write(tmp_path / "corpus", "x")], ["text"])
     with pytest.raises(TesselError, match=r"empty.txt is empty"):
