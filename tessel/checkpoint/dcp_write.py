@@ -13,7 +13,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -39,12 +39,16 @@ _DOS_EPOCH = 0x21  # 1980-01-01, the earliest date of a zip archive
 
 @dataclass(frozen=True)
 class Part:
-    """A box of the tensor `key` of a checkpoint, which begins at `start` of the whole one of `shape`."""
+    """A box of the tensor `key` of a checkpoint, which begins at `start` of the whole one of `shape`.
+
+    `alias`: another key under which a reader finds the same bytes.
+    """
 
     key: str
     shape: tuple[int, ...]
     start: tuple[int, ...]
     values: StoredTensor
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def plan_folder(files: dict[str, Sequence[Part | Other]]) -> DcpPlan:
             length = len(item.content) if isinstance(item, Other) else _Archive.of(item.values).length
             placed.append(_Placed(item, offset, length))
             _note(index, item, _StorageInfo(name, offset, length))
+            if isinstance(item, Part) and item.alias is not None:
+                _note(index, replace(item, key=item.alias), _StorageInfo(name, offset, length))
             # Elements then lie at addresses that they can be used at where they are mapped.
             offset += -(-length // _ALIGNMENT) * _ALIGNMENT
         tensors = {f"{item.key} {list(item.start)}": item.values for item in items if isinstance(item, Part)}

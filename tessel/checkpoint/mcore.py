@@ -16,7 +16,7 @@ from tessel.checkpoint import companion
 from tessel.checkpoint.fused import pieces
 from tessel.checkpoint.mcore_args import config_of
 from tessel.checkpoint.mcore_files import CORE, Dialect, RankFiles, open_files
-from tessel.checkpoint.mcore_match import BIAS_OF_CHOICE, Held, is_copy, match, whole_parameters
+from tessel.checkpoint.mcore_match import BIAS_OF_CHOICE, Held, copy_of, is_copy, match, whole_parameters
 from tessel.checkpoint.mcore_names import EMBEDDING, EMBEDDING_KEY
 from tessel.checkpoint.mcore_optimizer import read_optimizer
 from tessel.checkpoint.megatron_folder import Iteration, companions, find_iteration
@@ -49,6 +49,7 @@ def open_ranks(
     config, guessed, side_files = _config(iteration, files, hf_dir)
     held = match(files, config)
     tensors = _parameters(held, config)
+    copies = [copy_of(item, item.tensor, item.original.tensor) for item in held if item.original is not None]
     optimizer = read_optimizer(files, held, config, is_release=iteration.number is None)
     config = _with_expert_bias(config, files)
     return StoredModel(
@@ -65,6 +66,7 @@ def open_ranks(
         side_files=side_files,
         left_out=optimizer.left_out,
         notes=_notes(config, held),
+        copies=(*copies, *optimizer.copies),
     )
 
 

@@ -21,7 +21,7 @@ from tessel.checkpoint.mcore_names import (
     last_slots,
     layer_slots,
 )
-from tessel.checkpoint.stored import Assembled, Piece, StoredTensor
+from tessel.checkpoint.stored import Assembled, Copy, Piece, StoredTensor
 from tessel.checkpoint.torch_file import LoadedTensor
 from tessel.checkpoint.weights import named
 from tessel.errors import TesselError
@@ -33,13 +33,18 @@ BIAS_OF_CHOICE = ".mlp.router.expert_bias"
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of a rank's file and what it holds. `is_used`: no earlier rank holds the same."""
+    """A tensor of a rank's file and what it holds. `original`: that of an earlier rank which holds the same."""
 
     file: RankFile
     chunk: int
     entry: Entry
     tensor: StoredTensor
-    is_used: bool
+    original: Held | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether no earlier rank holds the same."""
+        return self.original is None
 
 
 def match(files: RankFiles, config: ModelConfig) -> list[Held]:
@@ -49,7 +54,7 @@ def match(files: RankFiles, config: ModelConfig) -> list[Held]:
         TesselError: tensors are missing, unknown or of another shape.
     """
     rows = _vocabulary_offsets(files, config)
-    seen: set[tuple[object, ...]] = set()
+    seen: dict[tuple[object, ...], Held] = {}
     held: list[Held] = []
     missing: list[tuple[str, str]] = []
     wrong: list[str] = []
@@ -72,8 +77,8 @@ def match(files: RankFiles, config: ModelConfig) -> list[Held]:
                     # Whatever is copied (norms by tensor parallelism, attention by the experts') holds the same boxes.
                     own = (key, layers.pp, layers.chunk, entries[key].fused.spans)
                     loaded = _in_order(LoadedTensor(files.dialect.shown(key), file.path, tensor), key, file, config)
-                    held.append(Held(file, layers.chunk, entries[key], loaded, own not in seen))
-                    seen.add(own)
+                    held.append(Held(file, layers.chunk, entries[key], loaded, seen.get(own)))
+                    seen.setdefault(own, held[-1])
     _complain(files, [f"{folder}: {files.dialect.shown(key)}" for folder, key in missing], wrong)
     return held
 
@@ -200,6 +205,11 @@ def whole_parameters(items: Iterable[tuple[Held, StoredTensor]], config: ModelCo
             raise TesselError(f"the parts of {name} in the files do not make up its shape {shapes[name]}.")
         tensors[name] = whole
     return tensors
+
+
+def copy_of(held: Held, tensor: StoredTensor, original: StoredTensor, kind: str = "") -> Copy:
+    """What a rank holds as an earlier one does: its weight, or a state of that `kind`."""
+    return Copy(f"{held.file.folder}: {kind}{held.tensor.name}", tensor, original)
 
 
 def is_copy(held: Held, config: ModelConfig) -> bool:

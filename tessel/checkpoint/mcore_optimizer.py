@@ -22,9 +22,9 @@ from tessel.checkpoint import torch_file
 from tessel.checkpoint.flat import Unflattened
 from tessel.checkpoint.fused import FormerQkv
 from tessel.checkpoint.mcore_files import RankFile, RankFiles
-from tessel.checkpoint.mcore_match import Held, whole_parameters
+from tessel.checkpoint.mcore_match import Held, copy_of, whole_parameters
 from tessel.checkpoint.mcore_names import EMBEDDING_KEY, HEAD_KEY
-from tessel.checkpoint.stored import StoredTensor
+from tessel.checkpoint.stored import Copy, StoredTensor
 from tessel.checkpoint.torch_file import LoadedTensor
 from tessel.checkpoint.weights import named
 from tessel.errors import TesselError
@@ -40,11 +40,12 @@ _COUNTERS = ("consumed_train_samples", "consumed_valid_samples", "skipped_train_
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """As in `StoredModel`: its `optimizer`, `state` and `left_out`."""
+    """As in `StoredModel`: its `optimizer`, `state`, `left_out` and `copies`."""
 
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    copies: tuple[Copy, ...] = ()
 
 
 class _Found(NamedTuple):
@@ -68,12 +69,21 @@ def read_optimizer(files: RankFiles, held: Sequence[Held], config: ModelConfig, 
     if "rng_state" in content:
         left_out.append("The random state of Megatron's generators, which are not tessel's.")
     tensors: dict[str, StoredTensor] = {}
+    found: list[_Found] = []
     try:
         found = [item for file in files.files for item in _of_file(file, held, files, config)]
         tensors = _whole(found, config)
     except _Unknown as error:
         left_out.append(f"The optimizer's state: {error}")
-    return OptimizerState(tensors, state, tuple(left_out))
+    return OptimizerState(tensors, state, tuple(left_out), tuple(_copies(found)) if tensors else ())
+
+
+def _copies(found: Sequence[_Found]) -> Iterator[Copy]:
+    originals = {(item.kind, id(item.held)): item.values for item in found}
+    for item in found:
+        original = originals.get((item.kind, id(item.held.original)))
+        if original is not None:
+            yield copy_of(item.held, item.values, original, f"{item.kind} of ")
 
 
 class _Unknown(Exception):

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from tessel.checkpoint import companion, torch_file
+from tessel.checkpoint import companion, mcore_optimizer_write, torch_file
+from tessel.checkpoint.flat_buffers import in_module_order
 from tessel.checkpoint.fused import assembled, gemm_of_experts
 from tessel.checkpoint.mcore_args import args_of, divisor_of
 from tessel.checkpoint.mcore_files import MODEL_FILES
@@ -24,6 +25,7 @@ from tessel.checkpoint.mcore_names import (
     EMBEDDING,
     HEAD,
     HEAD_KEY,
+    Entry,
     Part,
     Slot,
     Variant,
@@ -31,6 +33,7 @@ from tessel.checkpoint.mcore_names import (
     last_slots,
     layer_slots,
 )
+from tessel.checkpoint.mcore_optimizer_write import Kept
 from tessel.checkpoint.megatron_folder import iteration_name, model_parallel, places, write_tracker
 from tessel.checkpoint.metadata import write_metadata
 from tessel.checkpoint.stored import Cast, PaddedRows, PlannedFile, StoredModel, StoredTensor, Target
@@ -44,14 +47,14 @@ from tessel.runtime.files import atomic_folder
 Chunk = Mapping[str, StoredTensor]
 
 
-def write_torch(source: StoredModel, folder: str | Path, target: Target) -> None:
+def write_torch(source: StoredModel, folder: str | Path, target: Target, *, with_optimizer: bool = False) -> None:
     """Write `source` below `folder`: the iteration's folder appears whole or not at all, the tracker last.
 
     Raises:
         UsageError: degrees that do not fit the model.
         TesselError: the disk is full, or a tensor has values that its new dtype cannot hold.
     """
-    write_planned(plan_torch(source, target), source, folder, target)
+    write_planned(plan_torch(source, target, with_optimizer=with_optimizer), source, folder, target)
 
 
 def write_planned(planned: Sequence[PlannedFile], source: StoredModel, folder: str | Path, target: Target) -> None:
@@ -75,15 +78,18 @@ def write_companion(iteration_folder: Path, source: StoredModel, target: Target)
         write_metadata(folder, source.config, target.dtype or source.dtypes[0], source.side_files)
 
 
-def plan_torch(source: StoredModel, target: Target) -> list[PlannedFile]:
+def plan_torch(source: StoredModel, target: Target, *, with_optimizer: bool = False) -> list[PlannedFile]:
     """The files below the iteration's folder, and what each tensor in them is made of; nothing is read.
 
-    Keys are "model:KEY", or "model0:KEY", "model1:KEY" for virtual pipeline chunks.
+    Keys are "model:KEY", or "model0:KEY", "model1:KEY" for virtual pipeline chunks. `with_optimizer`: the source's
+    moments and fp32 weights go along, as Megatron's plain Adam has them (without --use-distributed-optimizer), with
+    the schedule.
 
     Raises:
         UsageError: degrees that do not fit the model.
+        TesselError: the source has no such state.
     """
-    return plan_ranks(source, target, None)
+    return plan_ranks(source, target, None, with_optimizer=with_optimizer)
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,14 @@ class Dress:
     args: Mapping[str, object]
 
 
-def plan_ranks(source: StoredModel, target: Target, dress: Dress | None) -> list[PlannedFile]:
+def plan_ranks(
+    source: StoredModel, target: Target, dress: Dress | None, *, with_optimizer: bool = False
+) -> list[PlannedFile]:
     """What `plan_torch` does, the names those of `dress`."""
     config = source.config
     rows = padded_rows(config, target)
     tensors = prepared(source, target, rows)
+    states = mcore_optimizer_write.states_of(source, rows) if with_optimizer else {}
     etp = target.tp if target.etp is None or not config.num_experts else target.etp
     topology = model_parallel(target.tp, target.pp, target.ep if config.num_experts else 1, etp)
     if target.ep > 1 and not config.num_experts:
@@ -114,7 +123,8 @@ def plan_ranks(source: StoredModel, target: Target, dress: Dress | None) -> list
     planned = []
     for name, place in places(topology).items():
         part = Part(padded, topology, place)
-        chunks = [_chunk(part, stage, numbers, tensors, target) for stage, numbers in stages[place.pp]]
+        entries = [_entries(part, stage, numbers, target) for stage, numbers in stages[place.pp]]
+        chunks = [_chunk(own, tensors) for own in entries]
         keys = ["model"] if target.num_chunks == 1 else [f"model{number}" for number in range(len(chunks))]
         named = {
             f"{key}:{dress.shown(own) if dress else own}": tensor
@@ -123,7 +133,14 @@ def plan_ranks(source: StoredModel, target: Target, dress: Dress | None) -> list
         }
         by_key = dict(zip(keys, chunks, strict=True))
         biases = _biases(config, stages[place.pp], keys)
-        write = functools.partial(_write_rank, by_key, args, target, biases, dress)
+        more: dict[str, object] = {}
+        if states:
+            kept = [_kept(*own, states) for own in zip(entries, chunks, strict=True)]
+            for key, items in zip(keys, kept, strict=True):
+                named |= mcore_optimizer_write.planned(key, items)
+            more["optimizer"] = mcore_optimizer_write.of_rank(source, [item for own in kept for item in own], target)
+            more["opt_param_scheduler"] = dict(source.state["opt_param_scheduler"])
+        write = functools.partial(_write_rank, by_key, args, target, biases, dress, more)
         planned.append(PlannedFile(f"{name}/{MODEL_FILES[0]}", named, write))
     return planned
 
@@ -173,19 +190,29 @@ def numbered_stages(num_layers: int, target: Target) -> dict[int, list[tuple[Sta
     return found
 
 
-def _chunk(part: Part, stage: Stage, numbers: list[int], tensors: Mapping[str, StoredTensor], target: Target) -> Chunk:
+def _entries(part: Part, stage: Stage, numbers: list[int], target: Target) -> list[Entry]:
+    """The tensors of a chunk, in the order of named_parameters()."""
     slots: list[Slot] = first_slots(part) if stage.is_first else []
     for layer, number in zip(stage.layers, numbers, strict=True):
         slots += layer_slots(part, layer, number)
     if stage.is_last:
         slots += last_slots(part, stage.is_first)
+    return in_module_order([entry for slot in slots for entry in slot[_wanted(slot, target)]])
+
+
+def _chunk(entries: Sequence[Entry], tensors: Mapping[str, StoredTensor]) -> Chunk:
     made: dict[str, StoredTensor] = {}
-    for slot in slots:
-        for entry in slot[_wanted(slot, target)]:
-            dtype = tensors[entry.parameters[0]].dtype
-            whole: StoredTensor = assembled(entry.key, entry.fused, tensors, dtype)
-            made[entry.key] = gemm_of_experts(whole, entry.gemm == "first") if entry.gemm else whole
+    for entry in entries:
+        dtype = tensors[entry.parameters[0]].dtype
+        whole: StoredTensor = assembled(entry.key, entry.fused, tensors, dtype)
+        made[entry.key] = gemm_of_experts(whole, entry.gemm == "first") if entry.gemm else whole
     return made
+
+
+def _kept(entries: Sequence[Entry], chunk: Chunk, states: Mapping[str, Mapping[str, StoredTensor]]) -> list[Kept]:
+    """The tensors of a chunk with their states, which are cut as they are."""
+    by_kind = {kind: _chunk(entries, tensors) for kind, tensors in states.items()}
+    return [Kept(entry, chunk[entry.key], {kind: own[entry.key] for kind, own in by_kind.items()}) for entry in entries]
 
 
 def _wanted(slot: Slot, target: Target) -> Variant:
@@ -216,8 +243,9 @@ def _write_rank(
     target: Target,
     biases: Mapping[str, torch.Tensor],
     dress: Dress | None,
+    more: Mapping[str, object],
     path: Path,
-) -> None:
+) -> str:
     content: dict[str, object] = {
         "args": argparse.Namespace(**args),
         "checkpoint_version": 3.0,
@@ -226,9 +254,10 @@ def _write_rank(
     for key, chunk in chunks.items():
         own = {name.partition(":")[2]: bias for name, bias in biases.items() if name.startswith(f"{key}:")}
         content[key] = dress.state(chunk) if dress else OrderedDict(_state(chunk, own, target))
+    content |= more
     if target.flavour != "v2":
         content["num_floating_point_operations_so_far"] = 0
-    torch_file.write(path, content)
+    return torch_file.write(path, content)
 
 
 def _state(chunk: Chunk, biases: Mapping[str, torch.Tensor], target: Target) -> Iterator[tuple[str, object]]:

@@ -83,6 +83,7 @@ def _numbers(state: Mapping[str, Any], optimizer: Mapping[str, StoredTensor]) ->
         "consumed_train_samples": state["consumed_train_samples"],
         "opt_param_scheduler": state["scheduler"],
         "grad_scaler": state["scaler"],
+        "param_groups": state.get("param_groups", []),
     }
     steps = next((tensor for name, tensor in optimizer.items() if name.startswith("step.")), None)
     return numbers if steps is None else numbers | {"step": int(steps.read())}

@@ -97,9 +97,16 @@ def _state(source: StoredModel, iteration: int, with_optimizer: bool) -> bytes:
         "iteration": iteration,
         "consumed_train_samples": int(source.state.get("consumed_train_samples", 0)) if with_optimizer else 0,
         "scheduler": dict(source.state.get("opt_param_scheduler", {})) if with_optimizer else {},
-        "scaler": source.state.get("grad_scaler", {}) if with_optimizer else {},
+        "scaler": _plain(source.state.get("grad_scaler", {})) if with_optimizer else {},
+        "param_groups": [_plain(group) for group in source.state.get("param_groups", ())] if with_optimizer else [],
         "identity": {},
         "weights_only": not with_optimizer,
         "save_id": "converted",
     }
     return (json.dumps(state, indent=2) + "\n").encode()
+
+
+def _plain(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what JSON has no place for: a tensor of one number becomes the number."""
+    found = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in numbers.items()}
+    return {key: value for key, value in found.items() if isinstance(value, bool | int | float | str | list | tuple)}

@@ -289,6 +289,15 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A tensor that the files hold more than once: `what` and where it is, and the one that is read instead."""
+
+    what: str
+    tensor: StoredTensor
+    original: StoredTensor
+
+
+@dataclass(frozen=True)
 class StoredModel:
     """A model that was found in a folder, in any format.
 
@@ -299,6 +308,7 @@ class StoredModel:
     weight), empty where there is none. `state`: numbers to go on with ("consumed_train_samples", "step",
     "opt_param_scheduler", ...). `side_files`: tokenizer and generation_config.json by name, for the way back.
     `left_out`: what is in the files and cannot be carried over, in sentences; `notes`: what is to be said besides.
+    `copies`: what lies in the files again, as norms on every tensor-parallel rank; nothing else reads it.
     """
 
     format: Format
@@ -314,6 +324,7 @@ class StoredModel:
     side_files: Mapping[str, bytes] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    copies: tuple[Copy, ...] = field(default=(), repr=False)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:

@@ -83,7 +83,8 @@ def _numbers(found: DcpFolder, common: Mapping[str, Any], args: Mapping[str, Any
     groups: list[Mapping[str, Any]] = []
     steps: list[float] = []
     for item in _nested(sources):
-        groups += groups_of(item)
+        # The same ones may lie in two places, for optimizers that look at one or the other.
+        groups += [group for group in groups_of(item) if not any(group is other for other in groups)]
         steps += [step for key in ("common_step", "step") if (step := step_of(item.get(key))) is not None]
         if isinstance(item.get("grad_scaler"), Mapping):
             state["grad_scaler"] = torch_file.plain(item["grad_scaler"])

@@ -17,19 +17,18 @@ from typing import Any
 
 import torch
 
+from tessel.checkpoint import mcore_optimizer_write
 from tessel.checkpoint.dcp_files import METADATA
 from tessel.checkpoint.dcp_write import Other, Part, other, plan_folder
 from tessel.checkpoint.flat_buffers import in_variant
 from tessel.checkpoint.fused import Span
 from tessel.checkpoint.mcore_args import args_of
-from tessel.checkpoint.mcore_names import EMBEDDING, HEAD, Entry, Slot, Variant, first_slots, last_slots, layer_slots
+from tessel.checkpoint.mcore_names import Entry, Slot, Variant, first_slots, last_slots, layer_slots
 from tessel.checkpoint.mcore_names import Part as Held
 from tessel.checkpoint.mcore_write import numbered_stages, padded_rows, prepared, write_companion
 from tessel.checkpoint.megatron_folder import iteration_name, write_tracker
 from tessel.checkpoint.stored import (
     Assembled,
-    Cast,
-    PaddedRows,
     Piece,
     PlannedFile,
     Reshaped,
@@ -41,7 +40,6 @@ from tessel.checkpoint.torch_dist import BACKEND, BIAS_OF_CHOICE, COMMON, FORMAT
 from tessel.checkpoint.torch_dist_keys import LAYER, STACK
 from tessel.checkpoint.torch_file import LoadedTensor
 from tessel.errors import UsageError
-from tessel.layout.sharding import parameters
 from tessel.layout.stages import Stage
 from tessel.layout.topology import Place, Topology
 from tessel.model.config import ModelConfig
@@ -52,9 +50,7 @@ _FILES_PER_RANK = 2
 _MAX_FILE_BYTES = 4 * 2**30
 _EXPERTS = ".mlp.experts.experts."
 _GATE_AND_UP = (".linear_fc1.weight", ".linear_fc1.bias")
-_OPTIMIZER_KINDS = ("param", "exp_avg", "exp_avg_sq")
-# What a group must have beside what the source's have, for Megatron's optimizer to know it.
-_GROUP = {"is_expert_parallel": False, "default_config": True, "lr_mult": 1.0, "is_decoupled_lr": False}
+_STATE = "optimizer.state."
 
 
 @dataclass(frozen=True)
@@ -89,17 +85,18 @@ def plan_torch_dist(source: StoredModel, target: Target, *, with_optimizer: bool
     """The files below the iteration's folder, and what each tensor in them is made of; nothing is read.
 
     `with_optimizer`: the source's moments and master weights go along, as Megatron's distributed optimizer writes
-    them with --dist-ckpt-optim-fully-reshardable.
+    them with --dist-ckpt-optim-fully-reshardable, and its plain one always.
 
     Raises:
         UsageError: degrees that do not fit the model.
+        TesselError: the source has no such state.
     """
     whole = _Whole.of(source, target)
     files: dict[str, Sequence[Part | Other]] = {}
     seen: set[tuple[str, tuple[int, ...]]] = set()
-    states = _optimizer_tensors(source, whole.rows) if with_optimizer else {}
+    states = mcore_optimizer_write.states_of(source, whole.rows) if with_optimizer else {}
     prefixed = {"": prepared(source, target, whole.rows)}
-    prefixed |= {f"optimizer.state.{kind}.": tensors for kind, tensors in states.items()}
+    prefixed |= {f"{_STATE}{kind}.": tensors for kind, tensors in states.items()}
     number = 0
     for place, stages in _ranks(whole, target):
         entries = list(_entries(whole, place, stages))
@@ -204,7 +201,9 @@ def _parts(whole: _Whole, entry: Entry, tensors: Mapping[str, StoredTensor], pre
         values: StoredTensor = Assembled(prefix + key, pieces[0].source.dtype, size, pieces)
         if lead:
             values = Reshaped(values, (1, *size))
-        yield Part(prefix + key, shape, (*lead, *first), values)
+        # Megatron's plain optimizer has another name for master weights than its distributed one.
+        alias = f"{_STATE}fp32_param.{key}" if prefix == f"{_STATE}{mcore_optimizer_write.MASTER}." else None
+        yield Part(prefix + key, shape, (*lead, *first), values, alias)
 
 
 def _stacked(whole: _Whole, key: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
@@ -292,23 +291,6 @@ def _dealt_out(items: Sequence[Part | Other], rank: int) -> dict[str, list[Part 
     return files
 
 
-def _optimizer_tensors(source: StoredModel, rows: int) -> dict[str, dict[str, StoredTensor]]:
-    """The states of each parameter by kind; nothing where the source has none."""
-    if not source.optimizer:
-        return {}
-    kinds: dict[str, dict[str, StoredTensor]] = {}
-    for kind in _OPTIMIZER_KINDS:
-        for name in parameters(source.config):
-            state = source.optimizer.get(f"{kind}.{name}")
-            if state is None:
-                # A model in fp32 is its own master.
-                state = Cast(source.tensors[name], torch.float32)
-            if name in (EMBEDDING, HEAD) and rows > source.config.vocab_size:
-                state = PaddedRows(state, rows)
-            kinds.setdefault(kind, {})[name] = state
-    return kinds
-
-
 def _common(source: StoredModel, target: Target, whole: _Whole, *, with_optimizer: bool) -> bytes:
     args = args_of(source.config, target, source, whole.rows) | {"ckpt_format": "torch_dist"}
     if not with_optimizer:
@@ -324,20 +306,10 @@ def _common(source: StoredModel, target: Target, whole: _Whole, *, with_optimize
         "content_metadata": metadata,
     }
     if with_optimizer:
-        sharding = "fully_reshardable"
+        sharding = mcore_optimizer_write.SHARDING
         metadata |= {"distrib_optim_sharding_type": sharding, "distrib_optim_fully_reshardable_mem_efficient": False}
-        groups = [
-            {
-                **_GROUP,
-                "wd_mult": float(group.get("weight_decay", 0) != 0),
-                **group,
-                "step": source.state.get("step", 0),
-            }
-            for group in source.state.get("param_groups", ())
-        ]
-        content["optimizer"] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": sharding}
-        if "opt_param_scheduler" in source.state:
-            content["opt_param_scheduler"] = source.state["opt_param_scheduler"]
+        content["optimizer"] = mcore_optimizer_write.of_common(source, whole.entries.values(), target)
+        content["opt_param_scheduler"] = dict(source.state["opt_param_scheduler"])
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tessel
 from tessel.checkpoint.detect import format_of, open_model
-from tessel.checkpoint.run_write import MOMENTS, masters
-from tessel.checkpoint.stored import StoredModel, name_of
+from tessel.checkpoint.run_write import MASTER, MOMENTS, masters
+from tessel.checkpoint.stored import Cast, StoredModel, StoredTensor, name_of
 from tessel.config.convert import ConvertConfig
 from tessel.convert import show
 from tessel.convert.compare import Comparison, compare
-from tessel.convert.copies import wrong_copies
+from tessel.convert.copies import differing_copies
 from tessel.convert.plan import Plan, casts, plan_for, require_apart, require_no_overflow
 from tessel.convert.work import MANIFEST, Work, begin
 from tessel.errors import TesselError, UsageError
@@ -59,16 +61,25 @@ def _check_optimizer(cfg: ConvertConfig, source: StoredModel) -> None:
         raise UsageError("--with-optimizer and --release contradict each other: a release is weights alone.")
 
 
-def _expected(source: StoredModel, plan: Plan) -> StoredModel:
-    """What the result's weights and moments are to be: a run of tessel has the fp32 weights as its weights."""
-    if plan.format == "torch_dcp":
-        source = replace(source, tensors=masters(source))
-    return _with_moments(source)
+def _expected(source: StoredModel, result: StoredModel, dtype: torch.dtype | None) -> StoredModel:
+    """What the result's weights and states are to be: a run of tessel has the fp32 weights as its weights."""
+    own = masters(source)
+    tensors: Mapping[str, StoredTensor] = own if result.format == "torch_dcp" else source.tensors
+    if dtype is not None and result.format != "torch_dcp":
+        tensors = {name: Cast(tensor, dtype) for name, tensor in tensors.items()}
+    states: dict[str, StoredTensor] = {
+        name: Cast(tensor, torch.float32) for name, tensor in source.optimizer.items() if name.startswith(MOMENTS)
+    }
+    states |= {f"{MASTER}{name}": tensor for name, tensor in own.items()}
+    return _with_state(replace(source, tensors=tensors, optimizer=states), result)
 
 
-def _with_moments(model: StoredModel) -> StoredModel:
-    moments = {name: tensor for name, tensor in model.optimizer.items() if name.startswith(MOMENTS)}
-    return replace(model, tensors={**model.tensors, **moments})
+def _with_state(model: StoredModel, result: StoredModel) -> StoredModel:
+    """The states among the weights: moments, and fp32 weights where the result has them apart."""
+    has_masters = any(name.startswith(MASTER) for name in result.optimizer)
+    kinds = (*MOMENTS, MASTER) if has_masters else MOMENTS
+    states = {name: tensor for name, tensor in model.optimizer.items() if name.startswith(kinds)}
+    return replace(model, tensors={**model.tensors, **states})
 
 
 def _require_free_place(save: Path, force: bool) -> None:
@@ -96,10 +107,12 @@ def _prove(cfg: ConvertConfig, work: Work, source: StoredModel, plan: Plan) -> C
         return None
     started_s = time.monotonic()
     result = open_model(work.folder)
-    expected = _expected(source, plan) if cfg.with_optimizer else source
-    comparison = compare(expected, _with_moments(result) if cfg.with_optimizer else result, plan.target.dtype, None)
-    copies, num_copies = wrong_copies(plan, source, work.folder)
-    if differences := [*comparison.differences, *copies]:
+    if cfg.with_optimizer:
+        comparison = compare(_expected(source, result, plan.target.dtype), _with_state(result, result), None, None)
+    else:
+        comparison = compare(source, result, plan.target.dtype, None)
+    num_copies = len(result.copies)
+    if differences := [*comparison.differences, *differing_copies(result)]:
         lines = [f"{d.name} {d.what}" for d in differences[:10]]
         raise TesselError(
             f"The result is not the source: {'; '.join(lines)}; {len(differences)} tensors in all. "

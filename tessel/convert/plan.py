@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from tessel.checkpoint import formats
 from tessel.checkpoint.stored import Format, PlannedFile, StoredModel, Target, name_of
 from tessel.config.convert import ConvertConfig, numbers_of
-from tessel.convert import formats
 from tessel.errors import TesselError, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

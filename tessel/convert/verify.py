@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tessel.checkpoint.detect import open_model
 from tessel.config.convert import VerifyConfig
 from tessel.convert import show
 from tessel.convert.compare import compare
+from tessel.convert.copies import differing_copies
 from tessel.convert.work import MANIFEST, digest_of
 from tessel.errors import TesselError
 from tessel.runtime.files import require_path
@@ -34,7 +36,9 @@ def _of_two(cfg: VerifyConfig) -> dict[str, Any]:
     first = open_model(cfg.checkpoints[0], ckpt_step=cfg.ckpt_step, hf_dir=cfg.hf_dir)
     second = open_model(cfg.checkpoints[1], hf_dir=cfg.hf_dir)
     comparison = compare(first, second, None, cfg.tolerance)
-    differences = comparison.differences
+    copies = {model.folder: differing_copies(model, cfg.tolerance) for model in (first, second)}
+    unequal = [replace(item, name=f"{folder}/{item.name}") for folder, items in copies.items() for item in items]
+    differences = (*comparison.differences, *unequal)
     if not cfg.json:
         for model in (first, second):
             for line in show.source_lines(model):
@@ -43,7 +47,9 @@ def _of_two(cfg: VerifyConfig) -> dict[str, Any]:
             log(f"  {difference.name} {difference.what}")
         names = {*first.tensors, *second.tensors}
         how = "equal, bit by bit" if cfg.tolerance is None else f"equal within {cfg.tolerance:g}"
-        verdict = how if not differences else f"different: {len(differences)} of {len(names)} tensors differ"
+        verdict = how if not differences else f"different: {len(comparison.differences)} of {len(names)} tensors differ"
+        if unequal:
+            verdict += f"; {len(unequal)} copies of tensors differ from one another in the files of one checkpoint"
         log(f"{verdict} ({len(names)} tensors, {time.monotonic() - started_s:.1f} s)")
     return {
         "equal": not differences,

@@ -113,3 +113,21 @@ def test_how_many_folders(tiny_hf_folder: MakeFolder, tessel: Run) -> None:
     assert tessel("verify", folder, folder, folder).status == 2
     said = tessel("verify", folder)
     assert said.status == 1 and "has no MANIFEST.json" in said.err
+
+
+def test_copies_that_disagree_inside_a_checkpoint(tiny_hf_folder: MakeFolder, tmp_path: Path, tessel: Run) -> None:
+    folder = tiny_hf_folder("qwen2")
+    degrees = ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2)
+    assert tessel("convert", "--load", folder, "--save", tmp_path / "mg", *degrees).status == 0
+    path = tmp_path / "mg" / "iter_0000001" / "mp_rank_01_001" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    content["model"]["decoder.final_layernorm.weight"][3] += 0.25
+    torch.save(content, path)
+    said = tessel("verify", folder, tmp_path / "mg")
+    assert said.status == 1
+    what = "should be a copy of what mp_rank_00_001 has, and differs in 1 of 32 values, by 0.25 at most, first at [3]"
+    assert f"  {tmp_path}/mg/mp_rank_01_001: decoder.final_layernorm.weight {what}\n" in said.out
+    assert "different: 0 of 27 tensors differ; 1 copies of tensors differ from one another" in said.out
+    assert tessel("verify", folder, tmp_path / "mg", "--tolerance", 0.3).status == 0
+    found = json.loads(tessel("verify", tmp_path / "mg", tmp_path / "mg", "--json").out)
+    assert found["equal"] is False and len(found["differences"]) == 1

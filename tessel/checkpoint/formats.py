@@ -25,10 +25,11 @@ def _hf(model: StoredModel, target: Target, _: bool) -> Written:
     return Written("hf", files, hf_plan.texts(model, target, files))
 
 
-def _torch(model: StoredModel, target: Target, _: bool) -> Written:
+def _torch(model: StoredModel, target: Target, with_optimizer: bool) -> Written:
     from tessel.checkpoint.mcore_write import plan_torch
 
-    return _in_iteration("torch", plan_torch(model, target), {}, model, target)
+    planned = plan_torch(model, target, with_optimizer=with_optimizer)
+    return _in_iteration("torch", planned, {}, model, target)
 
 
 def _legacy(model: StoredModel, target: Target, _: bool) -> Written:
@@ -77,7 +78,10 @@ _WRITERS: dict[str, Writer] = {
     "torch_dcp": _torch_dcp,
     "legacy": _legacy,
 }
-TAKE_OPTIMIZER = ("torch_dist", "torch_dcp")
+_LACK_OPTIMIZER = {
+    "hf": "a Hugging Face folder is weights alone",
+    "legacy": "no Megatron of today goes on from it; --to torch is what newer ones read",
+}
 
 
 def written(name: str, model: StoredModel, target: Target, with_optimizer: bool = False) -> Written:
@@ -86,6 +90,6 @@ def written(name: str, model: StoredModel, target: Target, with_optimizer: bool 
     Raises:
         UsageError: degrees that the model or the format does not allow, or an optimizer that it has no place for.
     """
-    if with_optimizer and name not in TAKE_OPTIMIZER:
-        raise UsageError(f"--with-optimizer goes with --to {' and '.join(TAKE_OPTIMIZER)}, not with {name}.")
+    if with_optimizer and name in _LACK_OPTIMIZER:
+        raise UsageError(f"--with-optimizer does not go with --to {name}: {_LACK_OPTIMIZER[name]}.")
     return _WRITERS[name](model, target, with_optimizer)
