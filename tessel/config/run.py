@@ -13,6 +13,7 @@ from tessel.config.experts import Experts
 from tessel.config.field import option
 from tessel.config.finetune import FineTune
 from tessel.config.layout import Launch, Layout
+from tessel.config.lora import Lora
 from tessel.config.memory import Memory
 
 
@@ -325,6 +326,7 @@ class RunConfig:
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     finetune: FineTune = field(default_factory=FineTune)
+    lora: Lora = field(default_factory=Lora)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)

@@ -11,10 +11,11 @@ of the whole, uncut and unpadded parameter, [output features, input features] fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from tessel.errors import TesselError
+from tessel.layout.adapters import AdapterSpec
 
 # How tensor parallelism (tp) cuts a parameter.
 #   replicated  every rank holds the whole
@@ -33,8 +34,9 @@ PartialAxis = Literal["tp", "sequence", "kv_replicas", "tied_stages"]
 
 _PLAIN_MLP = ("gate_proj", "up_proj", "down_proj")
 
-# normal: N(0, std); scaled_normal: N(0, std / sqrt(2 x layers)), for what writes into the residual stream.
-Init = Literal["normal", "scaled_normal", "ones", "zeros"]
+# normal: N(0, std); scaled_normal: N(0, std / sqrt(2 x layers)), for what writes into the residual stream;
+# uniform: U(-1, 1) / sqrt(in), of an adapter.
+Init = Literal["normal", "scaled_normal", "ones", "zeros", "uniform"]
 
 
 class DecoderShape(Protocol):
@@ -64,6 +66,8 @@ class DecoderShape(Protocol):
     def qk_norm(self) -> bool: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def adapters(self) -> AdapterSpec | None: ...
     @property
     def num_experts(self) -> int: ...
     @property
@@ -141,6 +145,24 @@ def _mixture(config: DecoderShape, mlp: str) -> dict[str, ParamRule]:
     return table
 
 
+def _adapters(table: dict[str, ParamRule], spec: AdapterSpec) -> dict[str, ParamRule]:
+    """The rows of low-rank adapters: what touches the cut dim of a weight is cut as it is, the rest sees a part of it."""
+    rows = {}
+    for pattern, rule in table.items():
+        module, _, leaf = pattern.rpartition(".")
+        projection = module.rpartition(".")[2]
+        if leaf != "weight" or rule.split not in ("column", "row") or spec.owner(projection) is None:
+            continue
+        out, inner = rule.shape
+        is_column = rule.split == "column"
+        if spec.owner(projection) == projection:
+            a = ParamRule((spec.rank, inner), rule.split, "uniform", rule.dim, rule.blocks)
+            rows[module + ".lora.A"] = _replicated((spec.rank, inner), "uniform", "tp") if is_column else a
+        b = replace(rule, shape=(out, spec.rank), init="zeros")
+        rows[module + ".lora.B"] = b if is_column else _replicated((out, spec.rank), "zeros", "tp")
+    return rows
+
+
 def rules(config: DecoderShape) -> dict[str, ParamRule]:
     """The table of a model: name pattern -> rule. A layer has the rows of a plain MLP, or those of a mixture."""
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
@@ -182,7 +204,7 @@ def rules(config: DecoderShape) -> dict[str, ParamRule]:
         table[mlp + "gate_proj.bias"] = _column((inner,), inner, "zeros")
         table[mlp + "up_proj.bias"] = _column((inner,), inner, "zeros")
         table[mlp + "down_proj.bias"] = _replicated((hidden,), "zeros", "sequence")
-    return table
+    return table if config.adapters is None else table | _adapters(table, config.adapters)
 
 
 def pattern_of(name: str) -> str:

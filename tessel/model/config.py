@@ -12,6 +12,7 @@ from typing import Any
 from tessel.config.experts import Experts
 from tessel.config.run import ModelShape
 from tessel.errors import TesselError, UsageError
+from tessel.layout.adapters import AdapterSpec
 from tessel.model.families import (
     ARCHITECTURES,
     DEFAULTS,
@@ -52,7 +53,8 @@ class ModelConfig:
 
     A mixture has `num_experts` in each layer but the `dense_layers`, and `num_experts_per_tok` of them see a
     token; `norm_topk_prob` says whether their weights add up to 1. A shared expert, of an inner width above 0,
-    sees every token. `expert_bias`, of every layer and expert, is added to scores when experts are chosen.
+    sees every token. `expert_bias`, of every layer and expert, is added to scores when experts are chosen. `adapters` are no part of the
+    model, but what is learned beside it.
     """
 
     family: str
@@ -84,6 +86,7 @@ class ModelConfig:
     scoring_func: str = "softmax"
     routed_scaling_factor: float = 1.0
     expert_bias: tuple[tuple[float, ...], ...] | None = field(default=None, repr=False, compare=False)
+    adapters: AdapterSpec | None = field(default=None, repr=False, compare=False)
     dtype: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     own: OwnConfig | None = field(default=None, repr=False, compare=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,14 @@ from tessel.model.config import ModelConfig
 
 
 def initialize_(
-    model: nn.Module, config: ModelConfig, std: float, seed: int, tiles: Mapping[str, Tile] | None = None
+    model: nn.Module,
+    config: ModelConfig,
+    std: float,
+    seed: int,
+    tiles: Mapping[str, Tile] | None = None,
+    only: Collection[str] | None = None,
 ) -> None:
-    """Fill every parameter of `model`, in place.
+    """Fill every parameter of `model`, or those named by `only`, in place.
 
     ============================================== =================================
     parameter                                      law
@@ -49,6 +54,8 @@ def initialize_(
     model.layers.*.mlp.shared_expert_gate.weight   normal(0, std)
     model.norm.weight                              1
     lm_head.weight                                 normal(0, std)
+    *.lora.A                                       uniform(-1 / sqrt(in), 1 / sqrt(in))
+    *.lora.B                                       0
     ============================================== =================================
 
     A shared expert has the laws of an MLP. `std` is `--init-method-std`. The laws stand in the sharding
@@ -62,36 +69,45 @@ def initialize_(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             rule = table[pattern_of(name)]
-            if rule.init in stds:
+            tile = tiles[name] if tiles is not None else None
+            if only is not None and name not in only:
+                continue
+            if rule.init == "uniform":
+                _draw_(_held(parameter), rule.shape, _uniform(rule.shape[-1] ** -0.5), seed, name, tile)
+            elif rule.init in stds:
                 draw_ = _draw_experts_ if rule.is_expert else _draw_
-                draw_(
-                    _held(parameter),
-                    rule.shape,
-                    stds[rule.init],
-                    seed,
-                    name,
-                    tiles[name] if tiles is not None else None,
-                )
+                draw_(_held(parameter), rule.shape, _normal(stds[rule.init]), seed, name, tile)
             else:
                 _held(parameter).fill_(1.0 if rule.init == "ones" else 0.0)
 
 
-def _draw_(held: Tensor, shape: tuple[int, ...], std: float, seed: int, name: str, tile: Tile | None) -> None:
+_Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+def _normal(std: float) -> _Draw:
+    return lambda shape, generator: torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+
+
+def _uniform(bound: float) -> _Draw:
+    return lambda shape, generator: torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+def _draw_(held: Tensor, shape: tuple[int, ...], draw: _Draw, seed: int, name: str, tile: Tile | None) -> None:
     generator = torch.Generator("cpu").manual_seed(_seed_of(seed, name))
-    values = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+    values = draw(shape, generator)
     if tile is None:
         held.copy_(values)
     else:
         held.zero_()[tile.local_index()] = values[tile.index()].to(held)
 
 
-def _draw_experts_(held: Tensor, shape: tuple[int, ...], std: float, seed: int, name: str, tile: Tile | None) -> None:
+def _draw_experts_(held: Tensor, shape: tuple[int, ...], draw: _Draw, seed: int, name: str, tile: Tile | None) -> None:
     """Expert by expert, each from a generator of its own, so that a rank draws its own experts alone."""
     first, stop = (0, shape[0]) if tile is None else (tile.start[0], tile.stop[0])
     inside = (slice(None), slice(None)) if tile is None else tile.index()[1:]
     for expert in range(first, stop):
         generator = torch.Generator("cpu").manual_seed(_seed_of(seed, f"{name}.{expert}"))
-        values = torch.empty(shape[1:], dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+        values = draw(shape[1:], generator)
         held[expert - first].copy_(values[inside])
 
 

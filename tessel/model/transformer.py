@@ -20,6 +20,7 @@ from tessel.model.balance import Balance, RouterOptions
 from tessel.model.config import ModelConfig
 from tessel.model.kernels import Kernels
 from tessel.model.layers import MLP, Embedding, Linear, RMSNorm
+from tessel.model.lora import attach_adapters
 from tessel.model.loss import VocabularyPart, chunked_linear_cross_entropy, chunked_nll
 from tessel.model.moe import MixtureOfExperts
 from tessel.model.offload import Offload
@@ -219,6 +220,8 @@ class Transformer(nn.Module):
         self.model = Decoder(
             config, kernels or Kernels(), attention_dropout, hidden_dropout, recompute, self.balance, offload
         )
+        if config.adapters is not None:
+            attach_adapters(self.model.layers, config.adapters)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         # Set where the head and the embedding hold some rows of the vocabulary only.
         self.vocabulary: VocabularyPart | None = None

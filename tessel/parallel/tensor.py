@@ -81,12 +81,15 @@ class RowLinear(nn.Module):
 
     def __init__(self, linear: Linear, boundary: Boundary) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.lora = linear.weight, linear.bias, linear.lora
         self.boundary = boundary
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., this rank's in_features] -> [..., out_features]."""
-        y = self.boundary.leave(F.linear(x, self.weight))
+        y = F.linear(x, self.weight)
+        if self.lora is not None:
+            y = self.lora(x, y)
+        y = self.boundary.leave(y)
         return y if self.bias is None else y + self.bias
 
 
