@@ -28,11 +28,13 @@ class BadRow(NamedTuple):
 
 def why_no_text(values: Mapping[str, Any], key: str) -> str | None:
     """Why the value of `key` is neither a text nor a list of texts (sentences), in a sentence; None if it is."""
+    value = values.get(key)
+    if type(value) is str and value.isascii():
+        return None  # as nearly always
     if key not in values:
         near = difflib.get_close_matches(key, values, n=3, cutoff=0.5) or sorted(values)[:8]
         has = f"it has {', '.join(near)}" if near else "it is empty"
         return f"the object has no key {key!r}; {has}. Choose with --json-keys."
-    value = values[key]
     for sentence in value if isinstance(value, list) else (value,):
         if not isinstance(sentence, str):
             holds = f"a list with {kind_of(sentence)}" if isinstance(value, list) else kind_of(sentence)

@@ -17,8 +17,7 @@ from tessel.data.rows import BadRow, Row
 _QUOTE, _BACKSLASH, _COMMA = ord('"'), ord("\\"), ord(",")
 _SPACES = b" \t\r\n"
 # 1 for what may open or close something, and for commas; depth by bracket.
-_IS_MARK = np.zeros(256, bool)
-_IS_MARK[list(b'"[]{},')] = True
+_IS_MARK = bytes(byte in b'"[]{},' for byte in range(256))
 _STEP = np.zeros(256, np.int8)
 _STEP[list(b"[{")] = 1
 _STEP[list(b"]}")] = -1
@@ -35,7 +34,7 @@ class Scanner:
     def feed(self, chunk: bytes) -> tuple[np.ndarray, int | None]:
         """Where in the chunk the commas between elements are, and the end of the array, if it is there."""
         data = np.frombuffer(chunk, np.uint8)
-        at = np.flatnonzero(_IS_MARK[data])
+        at = np.flatnonzero(np.frombuffer(chunk.translate(_IS_MARK), bool))
         marks = data[at]
         is_quote = marks == _QUOTE
         escaped = self._find_escaped(chunk, data)

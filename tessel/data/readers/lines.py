@@ -28,7 +28,8 @@ from tessel.data.readers.stream import Stream, check_length
 from tessel.data.rows import BadRow, Row, kind_of
 
 # Integers that orjson gives as floats are at least so long.
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_LONG_NUMBER = b"0" * 19
+_ANY_DIGIT = bytes.maketrans(b"123456789", b"000000000")
 BLANK = object()
 _BAD_BYTES = re.compile("[\udc80-\udcff]")
 
@@ -118,7 +119,7 @@ class _Exact:
 
 def has_long_number(data: bytes) -> bool:
     """Whether JSON text may hold integers over 64 bits, of which orjson makes floats."""
-    return _LONG_NUMBER.search(data) is not None
+    return _LONG_NUMBER in data.translate(_ANY_DIGIT)  # several times as fast as a regular expression
 
 
 def load_slowly(data: bytes, path: str) -> Any:
