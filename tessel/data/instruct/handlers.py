@@ -1,0 +1,169 @@
+"""Handlers: how rows are read and what is written, by MindSpeed-LLM's names or a class of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tessel.config.nearest import nearest
+from tessel.data.encoding import RowEncoder
+from tessel.data.instruct.converters import AlpacaConverter, Converter, MessagesConverter
+from tessel.data.instruct.encoder import ENCODERS, InstructionEncoder, Settings
+from tessel.data.instruct.flat import FLAT_TEXTS, PLAIN_PROMPTS, FlatEncoder, PlainPromptEncoder
+from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns, alpaca_columns, message_columns
+from tessel.data.instruct.render import NO_LIMIT, RenderOptions, renderer_for
+from tessel.data.instruct.vocabulary import plain_vocabulary
+from tessel.data.tokenizer import Tokenizer
+from tessel.errors import UsageError
+
+if TYPE_CHECKING:
+    from tessel.config.preprocess import PreprocessConfig
+
+PLAIN_TEXT = ("GeneralPretrainHandler",)
+"""Handlers that take the text of --json-keys as it is."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a handler is: the format of its rows, and what it writes: a sample, a preference or a prompt."""
+
+    rows: str
+    writes: str = "samples"
+    is_proved: bool = False
+
+
+_TEMPLATED = {
+    "AlpacaStyleInstructionHandler": _Kind("alpaca", is_proved=True),
+    "SharegptStyleInstructionHandler": _Kind("sharegpt", is_proved=True),
+    "OpenAIInstructionHandler": _Kind("openai"),
+    "AlpacaStylePairwiseHandler": _Kind("alpaca", "preferences", is_proved=True),
+    "SharegptStylePairwiseHandler": _Kind("sharegpt", "preferences"),
+    "PPOAlpacaStyleInstructionHandler": _Kind("alpaca", "prompts"),
+    "R1AlpacaStyleInstructionHandler": _Kind("alpaca", "prompts"),
+    "R1SharegptStyleInstructionHandler": _Kind("sharegpt", "prompts"),
+}
+_UNKNOWN_RULE = {
+    **dict.fromkeys(
+        ("MOSSMultiTurnHandler", "MOSSInstructionHandler", "LeetcodePythonInstructionHandler",
+         "StackOverflowPythonPretrainHandler", "HunyuanInstructionHandler"),
+        "what it writes is not documented",
+    ),
+    "LlamaFactoryInstructionHandler": "it reads data sets by their names in a registry",
+}  # fmt: skip
+HANDLERS = (*PLAIN_TEXT, *FLAT_TEXTS, *PLAIN_PROMPTS, *_TEMPLATED)
+"""Names that are known and work."""
+
+
+def instruction_encoder(cfg: PreprocessConfig, tokenizer: Tokenizer) -> RowEncoder:
+    """The encoder of --handler-name, with --prompt-type and what else shapes samples.
+
+    `cfg.handler_name` must be given; `detect.with_handler` fills it in.
+
+    Raises:
+        UsageError: no such handler (names the nearest), or flags that do not go together.
+        TesselError: a template or a class of the user's is not what it should be.
+    """
+    name = cfg.handler_name or ""
+    if name in FLAT_TEXTS:
+        return FlatEncoder(FLAT_TEXTS[name], tokenizer.batch_encoder(), _flat_settings(cfg, tokenizer))
+    if name in PLAIN_PROMPTS:
+        _refuse_template(cfg, name)
+        vocabulary = plain_vocabulary(tokenizer)
+        return PlainPromptEncoder(PLAIN_PROMPTS[name], tokenizer.batch_encoder(), _settings(cfg), vocabulary)
+    if ".py:" in name:
+        from tessel.data.instruct.own import OwnConverter, OwnEncoder, own_handler
+
+        own = own_handler(name)
+        if isinstance(own, OwnConverter):
+            return _templated(cfg, tokenizer, own, "samples")
+        return OwnEncoder(own, tokenizer, _settings(cfg))
+    kind = _kind(name)
+    return _templated(cfg, tokenizer, converter_of(kind.rows, cfg, pairwise=kind.writes == "preferences"), kind.writes)
+
+
+def is_instruction(cfg: PreprocessConfig) -> bool:
+    """Whether the command line asks for dialogues, and not for plain text."""
+    if cfg.handler_name is not None:
+        return cfg.handler_name not in PLAIN_TEXT
+    return cfg.prompt_type is not None or cfg.prompt_type_path is not None
+
+
+def converter_of(rows: str, cfg: PreprocessConfig, pairwise: bool = False) -> Converter:
+    """The converter of a format of rows: alpaca, sharegpt or openai, with --map-keys.
+
+    Raises:
+        UsageError: --map-keys is not for this format.
+    """
+    as_mindspeed = cfg.compatible == "mindspeed"
+    if rows == "alpaca":
+        return AlpacaConverter(alpaca_columns(cfg.map_keys), pairwise, as_mindspeed)
+    if rows == "openai":
+        default = MessageColumns("messages", OPENAI_TAGS)
+        return MessagesConverter(message_columns(cfg.map_keys, default), pairwise, as_mindspeed, free_order=True)
+    return MessagesConverter(message_columns(cfg.map_keys, MessageColumns()), pairwise, as_mindspeed)
+
+
+def _kind(name: str) -> _Kind:
+    if name in _TEMPLATED:
+        return _TEMPLATED[name]
+    if name in _UNKNOWN_RULE:
+        raise UsageError(
+            f"--handler-name {name} is not known here: {_UNKNOWN_RULE[name]}. Bring the rows into Alpaca's or "
+            "ShareGPT's form, or name a class of your own with --handler-name FILE.py:Class."
+        )
+    close = nearest(name, (*HANDLERS, *_UNKNOWN_RULE), similarity=0.5)
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known are {', '.join(HANDLERS)}."
+    raise UsageError(
+        f"--handler-name {name} is not known (MindSpeed-LLM would take GeneralPretrainHandler without a word). {hint}"
+    )
+
+
+def _templated(cfg: PreprocessConfig, tokenizer: Tokenizer, converter: Converter, writes: str) -> RowEncoder:
+    renderer = renderer_for(tokenizer, cfg.prompt_type, cfg.prompt_type_path, render_options(cfg))
+    encoder: Callable[..., InstructionEncoder] = ENCODERS[writes]
+    return encoder(converter, renderer, _settings(cfg), cfg.dataset_additional_keys)
+
+
+def render_options(cfg: PreprocessConfig) -> RenderOptions:
+    """What the command line says about rendering.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
+    if cfg.train_on_prompt and cfg.mask_history:
+        raise UsageError("--train-on-prompt and --mask-history ask for opposites; give one.")
+    if cfg.reasoning_effort is not None and cfg.prompt_type != "hf":
+        raise UsageError(
+            f"--reasoning-effort {cfg.reasoning_effort}: only chat templates (--prompt-type hf) know efforts."
+        )
+    return RenderOptions(
+        max_tokens=cfg.seq_length if cfg.seq_length is not None else NO_LIMIT,
+        append_eod=cfg.append_eod,
+        train_on_prompt=cfg.train_on_prompt,
+        mask_history=cfg.mask_history,
+        thinking={"true": True, "false": False}.get(cfg.enable_thinking),
+        effort=cfg.reasoning_effort,
+    )
+
+
+def _settings(cfg: PreprocessConfig) -> Settings:
+    return Settings(
+        # A pack cuts or drops what is too long for it by itself.
+        max_tokens=None if cfg.pack or cfg.neat_pack else cfg.seq_length,
+        skips_errors=cfg.on_error == "skip",
+        as_mindspeed=cfg.compatible == "mindspeed",
+        append_eod=cfg.append_eod,
+    )
+
+
+def _flat_settings(cfg: PreprocessConfig, tokenizer: Tokenizer) -> Mapping[str, Any]:
+    return {"max_tokens": cfg.seq_length, "eod": tokenizer.eod if cfg.append_eod else None}
+
+
+def _refuse_template(cfg: PreprocessConfig, name: str) -> None:
+    if cfg.prompt_type is not None or cfg.prompt_type_path is not None:
+        raise UsageError(
+            f"--handler-name {name} writes dialogues in a way of its own; leave --prompt-type out, or take "
+            "AlpacaStyleInstructionHandler."
+        )

@@ -1,0 +1,286 @@
+"""Dialogues to ids and labels, many at once.
+
+Labels are the ids that are trained and -100 elsewhere, aligned with the ids (the model shifts them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from tessel.data.instruct.cuts import cut_turns
+from tessel.data.instruct.dialogue import ANSWERING, Dialogue, Example
+from tessel.data.instruct.shorten import IGNORED
+from tessel.data.instruct.slots import Layout, Piece, has_thought, without_thoughts
+from tessel.data.instruct.templates import HF, REASONING, Template, find_template
+from tessel.data.instruct.vocabulary import Vocabulary, vocabulary_for
+from tessel.data.tokenizer import Tokenizer
+
+NO_LIMIT = 100_000
+"""Tokens at which a dialogue is cut without --seq-length, as MindSpeed-LLM does."""
+
+
+class Rendered(NamedTuple):
+    """One dialogue: ids i32[N], labels i32[N], -100 where a token is not trained."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """What the command line says about rendering.
+
+    Attributes:
+        max_tokens: turns are cut to fit.
+        append_eod: end with the vocabulary's eod, trained.
+        thinking: None leaves the answers as they are, False takes their thoughts out, True trains empty ones.
+        drop_thinking: take the thoughts out of all answers but the last.
+        effort: of reasoning, for chat templates.
+    """
+
+    max_tokens: int = NO_LIMIT
+    append_eod: bool = False
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    thinking: bool | None = None
+    drop_thinking: bool = False
+    effort: str | None = None
+
+
+class Renderer(Protocol):
+    """What the encoders, the preview, chat and serving know of a prompt type. Can be pickled."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def dialogues(self, dialogues: Sequence[Dialogue]) -> list[Rendered]:
+        """Each dialogue as it is trained.
+
+        Raises:
+            TesselError: a dialogue cannot be written in this prompt type.
+        """
+
+    def preferences(self, examples: Sequence[Example]) -> list[Rendered]:
+        """The chosen and the rejected dialogue of each example, one after the other; the last answer alone trained."""
+
+    def prompts(self, dialogues: Sequence[Dialogue]) -> list[np.ndarray]:
+        """i32 ids of each dialogue, which ends with a question, up to where the assistant answers."""
+
+
+class SlotRenderer:
+    """A template of slots, each of them tokenized alone."""
+
+    def __init__(self, template: Template, vocabulary: Vocabulary, options: RenderOptions) -> None:
+        self.template = template
+        self.vocabulary = vocabulary
+        self.options = options
+        self._layout = Layout(template, vocabulary)
+
+    def dialogues(self, dialogues: Sequence[Dialogue]) -> list[Rendered]:
+        """See `Renderer`."""
+        sheet = _Sheet()
+        for dialogue in dialogues:
+            self._add(sheet, self._turns(dialogue), self.options.mask_history)
+        return sheet.render(self.vocabulary, self.template, self.options)
+
+    def preferences(self, examples: Sequence[Example]) -> list[Rendered]:
+        """See `Renderer`. Both answers follow the prompt as it is cut for the chosen one."""
+        sheet = _Sheet()
+        for example in examples:
+            chosen = self._pair_turns(example.dialogue(0), thought_in_prompt=True)
+            rejected = self._pair_turns(example.dialogue(1), thought_in_prompt=False)
+            self._add(sheet, chosen, mask_history=True)
+            self._add(sheet, [*chosen[:-1], (chosen[-1][0], rejected[-1][1])], mask_history=True, follows=True)
+        return sheet.render(self.vocabulary, self.template, self.options)
+
+    def prompts(self, dialogues: Sequence[Dialogue]) -> list[np.ndarray]:
+        """See `Renderer`. Without thinking, the empty thought is part of the prompt."""
+        sheet = _Sheet()
+        for dialogue in dialogues:
+            reasoning = self.template.kind == REASONING
+            if reasoning and self.options.thinking is False:
+                dialogue = without_thoughts(dialogue, self.template, range(1, len(dialogue.messages), 2))
+            pieces = self._layout.messages(dialogue)
+            if reasoning and self.options.thinking is False:
+                pieces[-1] = [*pieces[-1], "".join(self.template.thought_words)]
+            sheet.begin()
+            for message in pieces:
+                sheet.add(message, trained=False)
+            sheet.end([])
+        return [rendered.ids for rendered in sheet.render(self.vocabulary, self.template, RenderOptions())]
+
+    def _turns(self, dialogue: Dialogue) -> list[tuple[list[Piece], list[Piece]]]:
+        """Question and answer of each turn; thoughts by LLaMA-Factory's ReasoningTemplate."""
+        template, thinking = self.template, self.options.thinking
+        reasoning = template.kind == REASONING
+        answers = range(1, len(dialogue.messages), 2)
+        if reasoning and thinking is False:
+            dialogue = without_thoughts(dialogue, template, answers)
+        elif reasoning and self.options.drop_thinking:
+            dialogue = without_thoughts(dialogue, template, answers[:-1])
+        pieces = self._layout.messages(dialogue)
+        for i in answers if reasoning else ():
+            if not has_thought(dialogue.messages[i], template):
+                self._put_empty_thought(pieces, i)
+        return [(pieces[i - 1], pieces[i]) for i in answers]
+
+    def _put_empty_thought(self, pieces: list[list[Piece]], answer: int) -> None:
+        """At the end of the question, not trained, unless thinking is asked for; then before the answer, trained."""
+        empty = "".join(self.template.thought_words)
+        if self.options.thinking:
+            pieces[answer] = [empty, *pieces[answer]]
+        else:
+            pieces[answer - 1] = [*pieces[answer - 1], empty]
+
+    def _pair_turns(self, dialogue: Dialogue, thought_in_prompt: bool) -> list[tuple[list[Piece], list[Piece]]]:
+        """As `_turns`, but earlier answers lose their thoughts: LLaMA-Factory's encode_oneturn."""
+        template = self.template
+        reasoning = template.kind == REASONING
+        answers = range(1, len(dialogue.messages), 2)
+        if reasoning:
+            gone = answers if self.options.thinking is False else answers[:-1]
+            dialogue = without_thoughts(dialogue, template, gone)
+        pieces = self._layout.messages(dialogue)
+        if reasoning and not has_thought(dialogue.messages[-1], template):
+            self._put_empty_thought(pieces, answers[-1])
+        return [(pieces[i - 1], pieces[i]) for i in answers]
+
+    def _add(
+        self,
+        sheet: _Sheet,
+        turns: Sequence[tuple[list[Piece], list[Piece]]],
+        mask_history: bool,
+        follows: bool = False,
+    ) -> None:
+        options, template = self.options, self.template
+        sheet.begin(follows)
+        for i, (question, answer) in enumerate(turns):
+            first = sheet.num_segments
+            sheet.add(question, trained=options.train_on_prompt)
+            middle = sheet.num_segments
+            sheet.add(answer, trained=not mask_history or i == len(turns) - 1)
+            sheet.turn(first, middle)
+            if template.efficient_eos and i and not options.train_on_prompt and not mask_history:
+                sheet.train_as_eos(first)
+        end: list[Piece] = []
+        if template.efficient_eos and self.vocabulary.eos is not None:
+            end.append(self.vocabulary.eos)
+        if options.append_eod and self.vocabulary.eod is not None:
+            end.append(self.vocabulary.eod)
+        sheet.end(end)
+
+
+class _Sheet:
+    """Dialogues as segments, each a text or an id, trained or not; each text is tokenized once.
+
+    A turn is (first segment, first of the answer, end).
+    """
+
+    def __init__(self) -> None:
+        self._index: dict[Piece, int] = {}
+        self._keys: list[int] = []
+        self._trained: list[bool] = []
+        self._as_eos: list[int] = []
+        self._turns: list[list[tuple[int, int, int]]] = []
+        self._starts: list[int] = []
+        self._follows: list[bool] = []
+
+    @property
+    def num_segments(self) -> int:
+        """Segments so far."""
+        return len(self._keys)
+
+    def begin(self, follows: bool = False) -> None:
+        """Begin a dialogue; if it `follows`, its prompt is cut as that of the one before."""
+        self._starts.append(len(self._keys))
+        self._turns.append([])
+        self._follows.append(follows)
+
+    def add(self, pieces: Sequence[Piece], trained: bool) -> None:
+        """Add segments."""
+        index = self._index
+        for piece in pieces:
+            self._keys.append(index.setdefault(piece, len(index)))
+            self._trained.append(trained)
+
+    def turn(self, first: int, middle: int) -> None:
+        """What was added since segment `first` is a turn, whose answer begins at `middle`."""
+        self._turns[-1].append((first, middle, len(self._keys)))
+
+    def train_as_eos(self, segment: int) -> None:
+        """The first token from `segment` on is trained to be the end of sequence."""
+        self._as_eos.append(segment)
+
+    def end(self, pieces: Sequence[Piece]) -> None:
+        """Close the dialogue with ids that no cut takes away."""
+        self.add(pieces, trained=True)
+
+    def render(self, vocabulary: Vocabulary, template: Template, options: RenderOptions) -> list[Rendered]:
+        """The dialogues in their order."""
+        tokens, starts, lengths = self._encode(vocabulary)
+        keys = np.array(self._keys, np.int64)
+        segment_starts, segment_lengths = starts[keys], lengths[keys]
+        bounds = np.array([*self._starts, len(keys)], np.int64)
+        offsets = np.concatenate([[0], np.cumsum(segment_lengths)])
+        totals = offsets[bounds[1:]] - offsets[bounds[:-1]]
+        too_long = [d for d in np.flatnonzero(totals >= options.max_tokens).tolist() if self._turns[d]]
+        if too_long:
+            too_long = sorted({*too_long, *(d + 1 for d in too_long if self._is_followed(d))})
+            for d in too_long:
+                before = self._turns[d - 1] if self._follows[d] else None
+                cut_turns(segment_lengths, self._turns[d], before, template, options)
+            offsets = np.concatenate([[0], np.cumsum(segment_lengths)])
+        where = np.repeat(segment_starts - offsets[:-1], segment_lengths) + np.arange(offsets[-1])
+        ids = tokens[where]
+        labels = np.where(np.repeat(np.array(self._trained, bool), segment_lengths), ids, np.int32(IGNORED))
+        if self._as_eos:
+            at = offsets[np.array(self._as_eos)]
+            # A question that was cut away whole has no first token.
+            labels[at[at < len(labels)]] = vocabulary.eos
+        cuts = offsets[bounds].tolist()
+        return [Rendered(ids[a:b], labels[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+    def _is_followed(self, d: int) -> bool:
+        return d + 1 < len(self._follows) and self._follows[d + 1]
+
+    def _encode(self, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All tokens i32, and where those of each key start and how many they are (i64)."""
+        texts = [piece for piece in self._index if isinstance(piece, str)]
+        tokens, text_lengths = vocabulary.encoder.encode_flat(texts)
+        lengths = np.ones(len(self._index), np.int64)
+        is_text = np.fromiter((isinstance(piece, str) for piece in self._index), bool, len(self._index))
+        lengths[is_text] = text_lengths
+        starts = np.empty(len(self._index), np.int64)
+        starts[is_text] = np.cumsum(text_lengths, dtype=np.int64) - text_lengths
+        ids = [piece for piece in self._index if isinstance(piece, int)]
+        starts[~is_text] = len(tokens) + np.arange(len(ids))
+        return np.concatenate([tokens, np.array(ids, np.int32)]), starts, lengths
+
+
+def renderer_for(
+    tokenizer: Tokenizer, prompt_type: str | None, path: str | None = None, options: RenderOptions | None = None
+) -> Renderer:
+    """The renderer of --prompt-type: a template, or `hf`, the tokenizer's own chat template.
+
+    Raises:
+        UsageError, TesselError: see `find_template`, `vocabulary_for` and `ChatRenderer`.
+    """
+    options = options if options is not None else RenderOptions()
+    if prompt_type == HF and path is None:
+        from tessel.data.instruct.chat import ChatRenderer
+
+        return ChatRenderer(tokenizer, options)
+    template = find_template(prompt_type, path)
+    return SlotRenderer(template, vocabulary_for(tokenizer, template), options)
+
+
+def render_prompt(dialogue: Dialogue, renderer: Renderer) -> list[int]:
+    """Ids of everything up to where the assistant answers; `dialogue` ends with a question."""
+    if not dialogue.messages or dialogue.messages[-1].role in ANSWERING:
+        raise ValueError("a prompt ends with a question")
+    ids: list[int] = renderer.prompts([dialogue])[0].tolist()
+    return ids
