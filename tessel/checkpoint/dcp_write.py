@@ -12,10 +12,9 @@ import math
 import pickle
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -28,12 +27,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tessel.checkpoint.stored import PlannedFile, StoredTensor, blocks
+from tessel.checkpoint.stored import PlannedFile, StoredTensor, blocks, bytes_of
 from tessel.checkpoint.torch_file import Deferred, pickled
+from tessel.runtime.stream import Stream
 
 _ALIGNMENT = 64
-_WRITE_BYTES = 32 * 2**20
 _LARGE = 2**32 - 1
+_HAS_DESCRIPTOR = 8  # the flag of an entry whose checksum and sizes stand behind it
 _DOS_EPOCH = 0x21  # 1980-01-01, the earliest date of a zip archive
 
 
@@ -109,15 +109,16 @@ def _note(index: Metadata, item: Part | Other, info: _StorageInfo) -> None:
     entry.chunks.append(ChunkStorageMetadata(torch.Size(item.start), size))
 
 
-def _write_file(placed: Sequence[_Placed], path: Path) -> None:
-    with open(path, "wb") as file:
+def _write_file(placed: Sequence[_Placed], path: Path) -> str:
+    with Stream(path) as file:
         for where in placed:
-            file.seek(where.offset)
+            file.write(bytes(where.offset - file.tell()))
             if isinstance(where.item, Other):
                 file.write(where.item.content)
             else:
                 _Archive.of(where.item.values).write(file, where.item.values)
             assert file.tell() == where.offset + where.length
+    return file.digest()
 
 
 def other(key: str, content: object) -> Other:
@@ -136,21 +137,29 @@ class _Member:
     num_bytes: int
     num_padding: int
 
-    def local(self, crc: int) -> bytes:
+    @property
+    def is_large(self) -> bool:
+        return self.num_bytes >= _LARGE
+
+    def local(self) -> bytes:
         """The header in front of its bytes; the padding brings these to a multiple of 64."""
-        extra = _zip64(self.num_bytes, self.num_bytes) if self.num_bytes >= _LARGE else b""
+        extra = _zip64(0, 0) if self.is_large else b""
         extra += struct.pack("<2sH", b"FB", self.num_padding) + b"Z" * self.num_padding
-        return b"PK\3\4" + self._middle(crc, len(extra)) + self.name + extra
+        return b"PK\3\4" + self._middle(0, _LARGE if self.is_large else 0, len(extra)) + self.name + extra
+
+    def descriptor(self, crc: int) -> bytes:
+        """What follows its bytes, since the header was written before they were read."""
+        return b"PK\7\10" + struct.pack("<IQQ" if self.is_large else "<III", crc, self.num_bytes, self.num_bytes)
 
     def central(self, crc: int) -> bytes:
         """Its entry in the archive's directory."""
-        extra = _zip64(self.num_bytes, self.num_bytes) if self.num_bytes >= _LARGE else b""
-        middle = self._middle(crc, len(extra)) + struct.pack("<HHHII", 0, 0, 0, 0, self.at)
+        extra = _zip64(self.num_bytes, self.num_bytes) if self.is_large else b""
+        middle = self._middle(crc, min(self.num_bytes, _LARGE), len(extra)) + struct.pack("<HHHII", 0, 0, 0, 0, self.at)
         return b"PK\1\2" + struct.pack("<H", 45) + middle + self.name + extra
 
-    def _middle(self, crc: int, num_extra: int) -> bytes:
-        shown = min(self.num_bytes, _LARGE)
-        return struct.pack("<HHHHHIIIHH", 45, 0, 0, 0, _DOS_EPOCH, crc, shown, shown, len(self.name), num_extra)
+    def _middle(self, crc: int, shown: int, num_extra: int) -> bytes:
+        numbers = (crc, shown, shown, len(self.name), num_extra)
+        return struct.pack("<HHHHHIIIHH", 45, _HAS_DESCRIPTOR, 0, 0, _DOS_EPOCH, *numbers)
 
 
 def _zip64(*numbers: int) -> bytes:
@@ -166,9 +175,9 @@ class _Archive:
         at = 0
         for name, size in [*((name, len(content)) for name, content in self._small.items()), (b"data/0", num_bytes)]:
             unpadded = _Member(b"archive/" + name, at, size, 0)
-            begin = at + len(unpadded.local(0))
+            begin = at + len(unpadded.local())
             self._members.append(_Member(unpadded.name, at, size, -begin % _ALIGNMENT))
-            at = begin + -begin % _ALIGNMENT + size
+            at = begin + -begin % _ALIGNMENT + size + len(unpadded.descriptor(0))
         self._end_of_data = at
         self.length = at + len(self._directory([0] * len(self._members)))
 
@@ -177,27 +186,19 @@ class _Archive:
         """The archive of a tensor; many tensors have the same."""
         return _archive(tensor.dtype, tensor.shape)
 
-    def write(self, file: IO[bytes], tensor: StoredTensor) -> None:
+    def write(self, file: Stream, tensor: StoredTensor) -> None:
         """Write it at the file's position; memory: one block."""
-        begin = file.tell()
         crcs = []
-        for member, content in zip(self._members, self._small.values(), strict=False):
-            crcs.append(zlib.crc32(content))
-            file.write(member.local(crcs[-1]) + content)
-        data = self._members[-1]
-        file.write(data.local(0))
-        crc = 0
-        for block in blocks(tensor, _WRITE_BYTES):
-            if block.numel():
-                values = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                crc = zlib.crc32(values, crc)
-                file.write(values)
-        file.write(self._directory([*crcs, crc]))
-        end = file.tell()
-        # The checksum stands in front of what it is of.
-        file.seek(begin + data.at)
-        file.write(data.local(crc))
-        file.seek(end)
+        contents: list[Iterable[bytes | memoryview]] = [[content] for content in self._small.values()]
+        for member, content in zip(self._members, [*contents, map(bytes_of, blocks(tensor))], strict=True):
+            file.write(member.local())
+            crc = 0
+            for part in content:
+                crc = zlib.crc32(part, crc)
+                file.write(part)
+            file.write(member.descriptor(crc))
+            crcs.append(crc)
+        file.write(self._directory(crcs))
 
     def _directory(self, crcs: Sequence[int]) -> bytes:
         entries = b"".join(member.central(crc) for member, crc in zip(self._members, crcs, strict=True))

@@ -75,8 +75,8 @@ def _file(name: str, header: str, parameters: Mapping[str, StoredTensor], config
     assert all(tensor is not None for tensor in tensors.values()), name
     found = {stored: tensor for stored, tensor in tensors.items() if tensor is not None}
 
-    def write(path: Path) -> None:
-        write_stored(path, header, found.values())
+    def write(path: Path) -> str:
+        return write_stored(path, header, found.values())
 
     return PlannedFile(name, found, write)
 

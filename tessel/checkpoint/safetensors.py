@@ -20,9 +20,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from tessel.checkpoint.stored import StoredTensor, blocks
+from tessel.checkpoint.stored import StoredTensor, blocks, bytes_of
 from tessel.errors import TesselError
 from tessel.runtime.impostor import SNIFFED_BYTES, impostor
+from tessel.runtime.stream import Stream
 
 DTYPES = {
     "F64": torch.float64,
@@ -46,7 +47,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 # Converting and copying to the host goes piece by piece, so that a huge embedding takes no second copy of itself.
 _WRITE_CHUNK_ELEMENTS = 16 * 2**20
-_WRITE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -180,18 +180,18 @@ def refuse_impostor(path: Path, file: IO[bytes]) -> None:
         )
 
 
-def write_stored(path: Path, header: str, tensors: Iterable[StoredTensor]) -> None:
+def write_stored(path: Path, header: str, tensors: Iterable[StoredTensor]) -> str:
     """Write a file with this header, which says where each of `tensors` lies, in the order of their data.
 
-    Memory: a block of `_WRITE_BYTES`. The file is not synced to disk here.
+    Returns the file's sha256. Memory: a block. The file is not synced to disk here.
     """
     text = header.encode()
-    with open(path, "wb") as file:
+    with Stream(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            for block in blocks(tensor, _WRITE_BYTES):
-                if block.numel():
-                    file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for block in blocks(tensor):
+                file.write(bytes_of(block))
+    return file.digest()
 
 
 def new_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> str:

@@ -29,6 +29,8 @@ Format = Literal["hf", "torch", "torch_dist", "torch_dcp", "legacy"]
 #   pai    Pai-Megatron-Patch         no padding: TP must divide the rows
 Flavour = Literal["mcore", "v1", "v2", "pai"]
 Index = tuple[slice, ...]
+# Small enough for the allocator to use the same memory again and again.
+BLOCK_BYTES = 8 * 2**20
 
 
 class StoredTensor(Protocol):
@@ -234,19 +236,25 @@ class Cast(Derived):
         return cast
 
 
-def blocks(tensor: StoredTensor, max_bytes: int) -> Iterator[Tensor]:
-    """All elements in row-major order, in blocks of at most `max_bytes`, or of one row of dim 0 if that is more."""
+def blocks(tensor: StoredTensor) -> Iterator[Tensor]:
+    """All elements in row-major order, in blocks of at most `BLOCK_BYTES`, or of one row of dim 0 if that is more."""
     if isinstance(tensor, Reshaped):
-        yield from blocks(tensor.source, max_bytes)
+        yield from blocks(tensor.source)
         return
     shape = tensor.shape
     if not shape:
         yield tensor.read()
         return
     row_bytes = math.prod(shape[1:]) * tensor.dtype.itemsize
-    step = max(max_bytes // row_bytes, 1) if row_bytes else shape[0]
+    step = max(BLOCK_BYTES // row_bytes, 1) if row_bytes else shape[0]
     for low in range(0, shape[0], max(step, 1)):
         yield tensor.read(index_of([(low, min(low + step, shape[0])), *((0, size) for size in shape[1:])]))
+
+
+def bytes_of(block: Tensor) -> memoryview:
+    """Its bytes in row-major order; a copy only where they do not lie so already."""
+    flat = block.contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -339,9 +347,9 @@ class StoredModel:
 class PlannedFile:
     """A file that a conversion will write: `name` below the checkpoint's folder, and what goes into it.
 
-    `tensors` by their keys in the file; `write` writes the whole file at the path it is given.
+    `tensors` by their keys in the file; `write` writes the whole file at the path it is given and returns its sha256.
     """
 
     name: str
     tensors: Mapping[str, StoredTensor]
-    write: Callable[[Path], None] = field(repr=False)
+    write: Callable[[Path], str] = field(repr=False)

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from tessel.checkpoint.safetensors import refuse_impostor
-from tessel.checkpoint.stored import Index, StoredTensor, blocks
+from tessel.checkpoint.stored import Index, StoredTensor, blocks, bytes_of
 from tessel.errors import TesselError
+from tessel.runtime.stream import Stream
 
 # Modules whose classes are only ever stood in for: what they would do is not known here, and not done.
 _FOREIGN_MODULES = ("megatron.", "mindspeed.", "mindspeed_llm.", "modellink.", "transformer_engine.")
@@ -53,7 +54,6 @@ _INSTRUCTIONS = frozenset(
     "BINPERSID".split()
 )
 _ALIGNMENT = 64
-_WRITE_BYTES = 32 * 2**20
 # What torch's restricted unpickler, and the zip reader, were seen to raise on damaged files.
 _DAMAGE = (
     RuntimeError,
@@ -325,25 +325,20 @@ def pickled(content: Any) -> tuple[bytes, list[StoredTensor]]:
     return buffer.getvalue(), pickler.storages
 
 
-def write(path: Path, content: Any) -> None:
+def write(path: Path, content: Any) -> str:
     """Write what torch.load reads; `content` may hold tensors, and `Deferred` ones, which are read block by block.
 
-    Memory: one block, and the pickle. The file is not synced to disk here.
+    Returns the file's sha256. Memory: one block, and the pickle. The file is not synced to disk here.
     """
     data, storages = pickled(content)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with Stream(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         _put(archive, "data.pkl", [data], len(data))
         _put(archive, "byteorder", [b"little"], 6)
         for key, tensor in enumerate(storages):
             num_bytes = _num_elements(tensor.shape) * tensor.dtype.itemsize
-            _put(archive, f"data/{key}", _bytes(tensor), num_bytes)
+            _put(archive, f"data/{key}", map(bytes_of, blocks(tensor)), num_bytes)
         _put(archive, "version", [b"3\n"], 2)
-
-
-def _bytes(tensor: StoredTensor) -> Iterable[memoryview]:
-    for block in blocks(tensor, _WRITE_BYTES):
-        if block.numel():
-            yield memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return stream.digest()
 
 
 def _put(archive: zipfile.ZipFile, name: str, parts: Iterable[bytes | memoryview], num_bytes: int) -> None:

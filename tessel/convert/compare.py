@@ -11,7 +11,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from tessel.checkpoint.stored import Cast, StoredModel, StoredTensor, blocks, bounds, index_of, name_of
+from tessel.checkpoint.stored import Cast, StoredModel, StoredTensor, blocks, bounds, bytes_of, index_of, name_of
 from tessel.runtime.log import progress
 
 _BLOCK_BYTES = 32 * 2**20
@@ -37,19 +37,14 @@ class Comparison:
 def digest_of_tensor(tensor: StoredTensor) -> str:
     """sha256 of a tensor's bytes in row-major order, little endian, read block by block."""
     digest = sha256()
-    for block in blocks(tensor, _BLOCK_BYTES):
-        digest.update(_bytes(block))
+    for block in blocks(tensor):
+        digest.update(bytes_of(block))
     return digest.hexdigest()
-
-
-def _bytes(block: Tensor) -> memoryview:
-    flat = block.contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def norm_of(tensor: StoredTensor) -> float:
     """L2 norm over all elements, summed in fp64 block by block."""
-    squares = (float(block.double().square().sum()) for block in blocks(tensor, _BLOCK_BYTES))
+    squares = (float(block.double().square().sum()) for block in blocks(tensor))
     return math.sqrt(sum(squares))
 
 

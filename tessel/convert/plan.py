@@ -158,9 +158,7 @@ def require_no_overflow(source: StoredModel, dtype: torch.dtype | None) -> None:
     for name, tensor in source.tensors.items():
         if tensor.dtype is torch.float16:
             continue
-        count = sum(
-            int((torch.isinf(block.to(dtype)) & torch.isfinite(block)).sum()) for block in blocks(tensor, 32 * 2**20)
-        )
+        count = sum(int((torch.isinf(block.to(dtype)) & torch.isfinite(block)).sum()) for block in blocks(tensor))
         if count:
             lost.append(f"{name} ({count:,} values)")
     if lost:

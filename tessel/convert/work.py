@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -37,7 +37,7 @@ class Work:
         self._journal = journal
 
     def write(self, planned: list[PlannedFile], workers: int) -> None:
-        """Write what is not there yet; each file's hash is taken on a thread of its own.
+        """Write what is not there yet, `workers` files at a time.
 
         Raises:
             TesselError: the disk is full, or a source is damaged.
@@ -46,28 +46,19 @@ class Work:
         self.num_kept = len(planned) - len(left)
         num_bytes = sum(size_of(file) for file in left)
         require_free(self.folder.parent, num_bytes, "the result")
-        hashes: list[Future[None]] = []
-        with (
-            progress("writing", num_bytes) as bar,
-            ThreadPoolExecutor(1) as hasher,
-            ThreadPoolExecutor(workers) as writers,
-        ):
+        with progress("writing", num_bytes) as bar, ThreadPoolExecutor(workers) as writers:
+            if workers == 1:
+                for file in left:
+                    self._note(file, self._write(file))
+                    bar.advance(size_of(file))
+                return
+            futures = {writers.submit(self._write, file): file for file in left}
             try:
-                if workers == 1:
-                    for file in left:
-                        self._write(file)
-                        hashes.append(hasher.submit(self._note, file.name))
-                        bar.advance(size_of(file))
-                else:
-                    for future, file in [(writers.submit(self._write, file), file) for file in left]:
-                        future.result()
-                        hashes.append(hasher.submit(self._note, file.name))
-                        bar.advance(size_of(file))
-                for done in hashes:
-                    done.result()
+                for done in as_completed(futures):
+                    self._note(futures[done], done.result())
+                    bar.advance(size_of(futures[done]))
             except BaseException:
                 writers.shutdown(wait=True, cancel_futures=True)
-                hasher.shutdown(wait=True, cancel_futures=True)
                 raise
 
     def write_texts(self, texts: dict[str, bytes]) -> None:
@@ -85,17 +76,17 @@ class Work:
             return False
         return digest_of(path) == noted["sha256"]
 
-    def _write(self, file: PlannedFile) -> None:
+    def _write(self, file: PlannedFile) -> str:
         path = self.folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.writing")
-        file.write(unfinished)
+        digest = file.write(unfinished)
         unfinished.rename(path)
+        return digest
 
-    def _note(self, name: str) -> None:
-        path = self.folder / name
-        self.files[name] = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
-        self._journal.write(json.dumps({"name": name, **self.files[name]}) + "\n")
+    def _note(self, file: PlannedFile, digest: str) -> None:
+        self.files[file.name] = {"bytes": (self.folder / file.name).stat().st_size, "sha256": digest}
+        self._journal.write(json.dumps({"name": file.name, **self.files[file.name]}) + "\n")
         self._journal.flush()
 
     def publish(self, manifest: dict[str, Any], save: Path) -> None:

@@ -7,8 +7,10 @@ import os
 import pickle
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,16 @@ def test_places_in_buckets() -> None:
         ("3", 0, 0), ("64", 0, 64), ("10", 1, 0), ("70", 1, 64),
     ]  # fmt: skip
     assert placed(entries, [128, 135]) is None
+
+
+def test_each_chunk_is_a_file_of_torch_save(tmp_path: Path) -> None:
+    values = torch.randn(7, 5)
+    plan = plan_folder({"x": [Part("a", (7, 5), (0, 0), in_memory("a", values))]})
+    digest = plan.files[0].write(tmp_path / "x")
+    assert digest == sha256((tmp_path / "x").read_bytes()).hexdigest()
+    assert torch.equal(torch.load(tmp_path / "x"), values)
+    with zipfile.ZipFile(tmp_path / "x") as archive:
+        assert archive.testzip() is None, "check sums"
 
 
 def test_reads_what_it_is_asked_for(model: Callable[..., StoredModel], tmp_path: Path) -> None:

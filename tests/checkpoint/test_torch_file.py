@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tessel.checkpoint import torch_file
+from tessel.checkpoint import stored, torch_file
 from tessel.checkpoint.torch_file import Deferred, Foreign, LoadedTensor
 from tessel.errors import TesselError
 
@@ -73,7 +73,7 @@ def test_tessel_reads_what_torch_writes(tmp_path: Path) -> None:
 
 
 def test_a_large_tensor_is_written_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_file, "_WRITE_BYTES", 40)
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 40)
     tensor = torch.randn(7, 3)
     torch_file.write(tmp_path / "x.pt", {"a": tensor, "b": torch.zeros(0)})
     assert torch.equal(torch.load(tmp_path / "x.pt")["a"], tensor)

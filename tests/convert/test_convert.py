@@ -143,8 +143,8 @@ import os, signal, sys
 from tessel.cli import main
 from tessel.convert.work import Work
 note, count = Work._note, [0]
-def noting(self, name):
-    note(self, name)
+def noting(self, file, digest):
+    note(self, file, digest)
     count[0] += 1
     if count[0] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -185,9 +185,9 @@ def test_a_killed_conversion_leaves_nothing_and_goes_on(
     written: list[str] = []
     write = Work._write
 
-    def counting(self: Work, file: Any) -> None:
+    def counting(self: Work, file: Any) -> str:
         written.append(file.name)
-        write(self, file)
+        return write(self, file)
 
     monkeypatch.setattr(Work, "_write", counting)
     said = tessel(*command)
@@ -221,10 +221,11 @@ def test_a_full_disk_is_cleaned_up(
     folder = tiny_hf_folder("qwen2")
     write = Work._write
 
-    def full(self: Work, file: Any) -> None:
-        write(self, file)
+    def full(self: Work, file: Any) -> str:
+        digest = write(self, file)
         if "01_001" in file.name:
             raise OSError(errno.ENOSPC, "No space left on device")
+        return digest
 
     monkeypatch.setattr(Work, "_write", full)
     said = tessel("convert", "--load", folder, "--save", tmp_path / "mg", *TP2_PP2, "--workers", 2)
@@ -241,12 +242,13 @@ def test_a_result_that_is_not_the_source_is_not_put_in_place(
     folder = tiny_hf_folder("qwen2")
     write = Work._write
 
-    def flipping(self: Work, file: Any) -> None:
-        write(self, file)
+    def flipping(self: Work, file: Any) -> str:
+        digest = write(self, file)
         path = self.folder / file.name
         content = bytearray(path.read_bytes())
         content[-9] ^= 1
         path.write_bytes(content)
+        return digest
 
     monkeypatch.setattr(Work, "_write", flipping)
     said = tessel("convert", "--load", folder, "--save", tmp_path / "copy", "--to", "hf")
@@ -265,13 +267,14 @@ def test_a_copy_on_another_rank_is_proved_too(
     found = norm.numpy().tobytes()
     write = Work._write
 
-    def flipping(self: Work, file: Any) -> None:
-        write(self, file)
+    def flipping(self: Work, file: Any) -> str:
+        digest = write(self, file)
         path = self.folder / file.name
         content = path.read_bytes()
         if "mp_rank_01" in file.name:
             assert content.count(found) == 1
             path.write_bytes(content.replace(found, found[:-1] + bytes([found[-1] ^ 1])))
+        return digest
 
     monkeypatch.setattr(Work, "_write", flipping)
     for to in ("torch", "legacy"):
