@@ -36,6 +36,7 @@ def cut_turns(
     `before` is given, the prompt is cut as that of those turns was, and the last answer alone is cut here.
     """
     modern = template.kind in (MODERN, REASONING)
+    assert options.max_tokens is not None
     budget = options.max_tokens - (1 if modern and template.efficient_eos else 0)
     share = shares_of if modern else share_proportionally
     ordered = list(reversed(turns)) if options.mask_history else list(turns)

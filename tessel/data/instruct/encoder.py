@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,43 +16,28 @@ from tessel.data.rows import BadRow, Row
 from tessel.errors import TesselError
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What shapes the written samples.
-
-    Attributes:
-        max_tokens: a sample of so many tokens or more is left out (MindSpeed-LLM's rule); None keeps all.
-        skips_errors: a row that cannot be used is noted and left out, not an error.
-        as_mindspeed: do what MindSpeed-LLM does where tessel would not.
-        append_eod: for what no renderer ends.
-    """
-
-    max_tokens: int | None = None
-    skips_errors: bool = False
-    as_mindspeed: bool = False
-    append_eod: bool = False
-
-
 class InstructionEncoder:
     """A `RowEncoder`: rows by `converter` to examples, examples by `renderer` to ids and labels.
 
     Attributes:
-        left_out: rows of the last call that gave no sample, and why; those that were too long excepted.
-        num_too_long: samples of the last call that were too long.
+        left_out: rows of the last call that the rules leave out, and why.
     """
 
     keys: tuple[str, ...] = ("input_ids", "attention_mask", "labels")
     num_answers = 1
 
     def __init__(
-        self, converter: Converter, renderer: Renderer, settings: Settings, additional_keys: tuple[str, ...] = ()
+        self,
+        converter: Converter,
+        renderer: Renderer,
+        additional_keys: tuple[str, ...] = (),
+        as_mindspeed: bool = False,
     ) -> None:
         self._converter = converter
         self._renderer = renderer
-        self._settings = settings
         self._additional = additional_keys
+        self._as_mindspeed = as_mindspeed
         self.left_out: list[BadRow] = []
-        self.num_too_long = 0
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -72,10 +56,10 @@ class InstructionEncoder:
         return self._renderer.vocabulary
 
     def examples(self, rows: Sequence[Row]) -> tuple[list[Row], list[Example]]:
-        """The rows that can be used, and what they say; the others are noted in `left_out`.
+        """The rows that can be used, and what they say; those that are left out are noted in `left_out`.
 
         Raises:
-            RowError: a row cannot be used, and errors are not skipped.
+            RowError: a row is not of the format.
         """
         self.left_out = []
         kept, examples = [], []
@@ -83,82 +67,53 @@ class InstructionEncoder:
             try:
                 example = self._converter(row.values)
             except TesselError as error:
-                self._refuse(row, error)
-                continue
+                raise RowError(row.number, str(error)) from error
             if isinstance(example, Dropped):
                 self._leave_out(row, example.reason)
-                continue
-            kept.append(row)
-            examples.append(self._checked(example, row))
+            else:
+                kept.append(row)
+                examples.append(self._checked(example, row))
         return kept, examples
 
     def _checked(self, example: Example, row: Row) -> Example:
         """MindSpeed-LLM trains an empty question and answer for what is no single answer to an odd prompt."""
-        if self._settings.as_mindspeed and (len(example.prompt) % 2 != 1 or len(example.answers) != self.num_answers):
-            self._leave_out(row, "no dialogue: an empty one is written, as MindSpeed-LLM does")
+        if self._as_mindspeed and (len(example.prompt) % 2 != 1 or len(example.answers) != self.num_answers):
+            self._leave_out(row, "no dialogue: an empty one is written instead, as MindSpeed-LLM does")
             empty = Message("assistant", "")
             return example._replace(prompt=(Message("user", ""),), answers=(empty,) * self.num_answers)
         return example
-
-    def _refuse(self, row: Row, error: TesselError) -> None:
-        if not self._settings.skips_errors:
-            raise RowError(row.number, str(error)) from error
-        self._leave_out(row, str(error))
 
     def _leave_out(self, row: Row, reason: str) -> None:
         self.left_out.append(BadRow(row.number, reason))
 
     def __call__(self, rows: Sequence[Row], where: str) -> tuple[Encoded, ...]:
-        """One `Encoded` a key, a document and at most one sequence a sample.
+        """One `Encoded` a key, a document and a sequence a sample.
 
         Raises:
             RowError: a row is not of the format, or cannot be written in the prompt type.
         """
         kept, examples = self.examples(rows)
-        rendered = self._render_all(kept, examples)
-        return (*self._arrays(rendered), *self._additional_arrays(kept))
+        return (*self._arrays(self._render_all(kept, examples)), *self._additional_arrays(kept))
 
-    def _render_all(self, rows: list[Row], examples: list[Example]) -> list[Rendered]:
-        """All at once; where that fails, row by row, to say which. Rows that fail leave both lists."""
+    def _render_all(self, rows: Sequence[Row], examples: Sequence[Example]) -> list[Rendered]:
+        """All at once; where that fails, row by row, to say which."""
         try:
             return self.render(examples)
         except TesselError:
-            pass
-        rendered: list[Rendered] = []
-        for i in range(len(rows) - 1, -1, -1):
-            try:
-                rendered[:0] = self.render([examples[i]])
-            except TesselError as error:
-                self._refuse(rows[i], error)
-                del rows[i], examples[i]
-        return rendered
+            for row, example in zip(rows, examples, strict=True):
+                try:
+                    self.render([example])
+                except TesselError as error:
+                    raise RowError(row.number, str(error)) from error
+            raise
 
     def render(self, examples: Sequence[Example]) -> list[Rendered]:
         """The samples of `examples`; as many for each of them."""
         return self._renderer.dialogues([example.dialogue() for example in examples])
 
-    def _arrays(self, rendered: list[Rendered]) -> tuple[Encoded, ...]:
-        ids, labels = self._columns(rendered)
-        mask = Encoded(np.ones(len(ids.tokens), np.int32), ids.lengths, ids.sequences_per_document)
-        return ids, mask, labels
-
-    def _columns(self, rendered: Sequence[Rendered], keep: np.ndarray | None = None) -> tuple[Encoded, Encoded]:
-        """Ids and labels, a document each; the sequences of those that are too long are left out."""
-        lengths = np.fromiter((len(one.ids) for one in rendered), np.int32, len(rendered))
-        if keep is None:
-            keep = self.fits(lengths)
-        self.num_too_long = int((~keep).sum())
-        chosen = [one for one, fits in zip(rendered, keep.tolist(), strict=True) if fits]
-        counts = keep.astype(np.int32)
-        return (
-            Encoded(_joined([one.ids for one in chosen]), lengths[keep], counts),
-            Encoded(_joined([one.labels for one in chosen]), lengths[keep], counts),
-        )
-
-    def fits(self, lengths: np.ndarray) -> np.ndarray:
-        """bool: which lengths are short enough."""
-        most = self._settings.max_tokens
-        return np.ones(len(lengths), bool) if most is None else lengths < most
+    def _arrays(self, rendered: Sequence[Rendered]) -> tuple[Encoded, ...]:
+        ids, labels = ids_and_labels(rendered)
+        return ids, ids._replace(tokens=np.ones_like(ids.tokens)), labels
 
     def _additional_arrays(self, rows: Sequence[Row]) -> list[Encoded]:
         encoder = self._renderer.vocabulary.encoder
@@ -166,7 +121,7 @@ class InstructionEncoder:
         for key in self._additional:
             for row in rows:
                 if not isinstance(row.values.get(key), str):
-                    raise RowError(row.number, f"--dataset-additional-keys {key}: the row has no text of this name")
+                    raise RowError(row.number, f"--dataset-additional-keys {key}: the row has no text of this name.")
             tokens, lengths = encoder.encode_flat([row.values[key] for row in rows])
             result.append(Encoded(tokens, lengths, np.ones(len(lengths), np.int32)))
         return result
@@ -182,16 +137,8 @@ class PreferenceEncoder(InstructionEncoder):
         """Chosen and rejected, one after the other."""
         return self._renderer.preferences(examples)
 
-    def _arrays(self, rendered: list[Rendered]) -> tuple[Encoded, ...]:
-        """MindSpeed-LLM leaves out the long one of a pair, and the others no longer match; tessel both."""
-        chosen, rejected = rendered[0::2], rendered[1::2]
-        keep = None
-        if not self._settings.as_mindspeed:
-            keep = self._lengths_fit(chosen) & self._lengths_fit(rejected)
-        return (*self._columns(chosen, keep), *self._columns(rejected, keep))
-
-    def _lengths_fit(self, rendered: Sequence[Rendered]) -> np.ndarray:
-        return self.fits(np.fromiter((len(one.ids) for one in rendered), np.int32, len(rendered)))
+    def _arrays(self, rendered: Sequence[Rendered]) -> tuple[Encoded, ...]:
+        return (*ids_and_labels(rendered[0::2]), *ids_and_labels(rendered[1::2]))
 
 
 class PromptEncoder(InstructionEncoder):
@@ -204,7 +151,7 @@ class PromptEncoder(InstructionEncoder):
         dialogues = [example.dialogue()._replace(messages=example.prompt) for example in examples]
         return [Rendered(ids, ids) for ids in self._renderer.prompts(dialogues)]
 
-    def _arrays(self, rendered: list[Rendered]) -> tuple[Encoded, ...]:
+    def _arrays(self, rendered: Sequence[Rendered]) -> tuple[Encoded, ...]:
         return super()._arrays(rendered)[:2]
 
 
@@ -214,6 +161,14 @@ ENCODERS: Mapping[str, Any] = {
     "prompts": PromptEncoder,
 }
 """Encoders by what they write."""
+
+
+def ids_and_labels(rendered: Sequence[Rendered]) -> tuple[Encoded, Encoded]:
+    """The ids and the labels of samples, a document each."""
+    lengths = np.fromiter((len(one.ids) for one in rendered), np.int32, len(rendered))
+    one_each = np.ones(len(rendered), np.int32)
+    columns = [one.ids for one in rendered], [one.labels for one in rendered]
+    return tuple(Encoded(_joined(column), lengths, one_each) for column in columns)  # type: ignore[return-value]
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tessel.config.nearest import nearest
+from tessel.config.preprocess_rules import PRETRAIN_HANDLERS
 from tessel.data.encoding import RowEncoder
 from tessel.data.instruct.converters import AlpacaConverter, Converter, MessagesConverter
-from tessel.data.instruct.encoder import ENCODERS, InstructionEncoder, Settings
-from tessel.data.instruct.flat import FLAT_TEXTS, PLAIN_PROMPTS, FlatEncoder, PlainPromptEncoder
+from tessel.data.instruct.encoder import ENCODERS, InstructionEncoder
 from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns, alpaca_columns, message_columns
+from tessel.data.instruct.plain import PLAIN_PROMPTS, PlainPromptEncoder
 from tessel.data.instruct.render import NO_LIMIT, RenderOptions, renderer_for
 from tessel.data.instruct.vocabulary import plain_vocabulary
 from tessel.data.tokenizer import Tokenizer
@@ -19,9 +20,6 @@ from tessel.errors import UsageError
 
 if TYPE_CHECKING:
     from tessel.config.preprocess import PreprocessConfig
-
-PLAIN_TEXT = ("GeneralPretrainHandler",)
-"""Handlers that take the text of --json-keys as it is."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,13 @@ _TEMPLATED = {
 _UNKNOWN_RULE = {
     **dict.fromkeys(
         ("MOSSMultiTurnHandler", "MOSSInstructionHandler", "LeetcodePythonInstructionHandler",
-         "StackOverflowPythonPretrainHandler", "HunyuanInstructionHandler"),
+         "HunyuanInstructionHandler"),
         "what it writes is not documented",
     ),
     "LlamaFactoryInstructionHandler": "it reads data sets by their names in a registry",
 }  # fmt: skip
-HANDLERS = (*PLAIN_TEXT, *FLAT_TEXTS, *PLAIN_PROMPTS, *_TEMPLATED)
-"""Names that are known and work."""
+HANDLERS = (*PRETRAIN_HANDLERS, *PLAIN_PROMPTS, *_TEMPLATED)
+"""Names that are known."""
 
 
 def instruction_encoder(cfg: PreprocessConfig, tokenizer: Tokenizer) -> RowEncoder:
@@ -65,28 +63,19 @@ def instruction_encoder(cfg: PreprocessConfig, tokenizer: Tokenizer) -> RowEncod
         TesselError: a template or a class of the user's is not what it should be.
     """
     name = cfg.handler_name or ""
-    if name in FLAT_TEXTS:
-        return FlatEncoder(FLAT_TEXTS[name], tokenizer.batch_encoder(), _flat_settings(cfg, tokenizer))
     if name in PLAIN_PROMPTS:
         _refuse_template(cfg, name)
         vocabulary = plain_vocabulary(tokenizer)
-        return PlainPromptEncoder(PLAIN_PROMPTS[name], tokenizer.batch_encoder(), _settings(cfg), vocabulary)
+        return PlainPromptEncoder(PLAIN_PROMPTS[name], tokenizer.batch_encoder(), cfg.append_eod, vocabulary)
     if ".py:" in name:
         from tessel.data.instruct.own import OwnConverter, OwnEncoder, own_handler
 
         own = own_handler(name)
         if isinstance(own, OwnConverter):
             return _templated(cfg, tokenizer, own, "samples")
-        return OwnEncoder(own, tokenizer, _settings(cfg))
+        return OwnEncoder(own, tokenizer, cfg.append_eod)
     kind = _kind(name)
     return _templated(cfg, tokenizer, converter_of(kind.rows, cfg, pairwise=kind.writes == "preferences"), kind.writes)
-
-
-def is_instruction(cfg: PreprocessConfig) -> bool:
-    """Whether the command line asks for dialogues, and not for plain text."""
-    if cfg.handler_name is not None:
-        return cfg.handler_name not in PLAIN_TEXT
-    return cfg.prompt_type is not None or cfg.prompt_type_path is not None
 
 
 def converter_of(rows: str, cfg: PreprocessConfig, pairwise: bool = False) -> Converter:
@@ -122,7 +111,7 @@ def _kind(name: str) -> _Kind:
 def _templated(cfg: PreprocessConfig, tokenizer: Tokenizer, converter: Converter, writes: str) -> RowEncoder:
     renderer = renderer_for(tokenizer, cfg.prompt_type, cfg.prompt_type_path, render_options(cfg))
     encoder: Callable[..., InstructionEncoder] = ENCODERS[writes]
-    return encoder(converter, renderer, _settings(cfg), cfg.dataset_additional_keys)
+    return encoder(converter, renderer, cfg.dataset_additional_keys, cfg.compatible == "mindspeed")
 
 
 def render_options(cfg: PreprocessConfig) -> RenderOptions:
@@ -138,7 +127,7 @@ def render_options(cfg: PreprocessConfig) -> RenderOptions:
             f"--reasoning-effort {cfg.reasoning_effort}: only chat templates (--prompt-type hf) know efforts."
         )
     return RenderOptions(
-        max_tokens=cfg.seq_length if cfg.seq_length is not None else NO_LIMIT,
+        max_tokens=_most_tokens(cfg),
         append_eod=cfg.append_eod,
         train_on_prompt=cfg.train_on_prompt,
         mask_history=cfg.mask_history,
@@ -147,18 +136,11 @@ def render_options(cfg: PreprocessConfig) -> RenderOptions:
     )
 
 
-def _settings(cfg: PreprocessConfig) -> Settings:
-    return Settings(
-        # A pack cuts or drops what is too long for it by itself.
-        max_tokens=None if cfg.pack or cfg.neat_pack else cfg.seq_length,
-        skips_errors=cfg.on_error == "skip",
-        as_mindspeed=cfg.compatible == "mindspeed",
-        append_eod=cfg.append_eod,
-    )
-
-
-def _flat_settings(cfg: PreprocessConfig, tokenizer: Tokenizer) -> Mapping[str, Any]:
-    return {"max_tokens": cfg.seq_length, "eod": tokenizer.eod if cfg.append_eod else None}
+def _most_tokens(cfg: PreprocessConfig) -> int | None:
+    """Where turns are cut. MindSpeed-LLM cuts, and then leaves out what was; tessel leaves it out, or packing cuts."""
+    if cfg.compatible != "mindspeed":
+        return None
+    return cfg.seq_length if cfg.seq_length is not None else NO_LIMIT
 
 
 def _refuse_template(cfg: PreprocessConfig, name: str) -> None:

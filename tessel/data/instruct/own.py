@@ -21,10 +21,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from tessel.data.encoding import Encoded
+from tessel.data.encoding import Encoded, RowError
 from tessel.data.instruct.converters import Dropped, MessagesConverter
 from tessel.data.instruct.dialogue import Example
-from tessel.data.instruct.encoder import InstructionEncoder, Settings
+from tessel.data.instruct.encoder import InstructionEncoder
 from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns
 from tessel.data.instruct.render import Rendered
 from tessel.data.instruct.shorten import IGNORED
@@ -93,14 +93,13 @@ class OwnConverter(OwnHandler):
 class OwnEncoder(InstructionEncoder):
     """A `RowEncoder` by the user's method `encode`."""
 
-    def __init__(self, handler: OwnHandler, tokenizer: Tokenizer, settings: Settings) -> None:
+    def __init__(self, handler: OwnHandler, tokenizer: Tokenizer, append_eod: bool) -> None:
         self._handler = handler
         self._hf = hf_of(tokenizer)
         self._own_vocabulary = plain_vocabulary(tokenizer)
-        self._settings = settings
+        self._append_eod = append_eod
         self._additional = ()
         self.left_out = []
-        self.num_too_long = 0
 
     @property
     def columns(self) -> tuple[str, ...] | None:
@@ -124,7 +123,7 @@ class OwnEncoder(InstructionEncoder):
                 else:
                     rendered.append(self._sample(said))
             except TesselError as error:
-                self._refuse(row, error)
+                raise RowError(row.number, str(error)) from error
         return self._arrays(rendered)
 
     def _sample(self, said: Any) -> Rendered:
@@ -139,7 +138,7 @@ class OwnEncoder(InstructionEncoder):
         highest = self._own_vocabulary.vocab_size
         if any(not 0 <= i < highest for i in ids) or any(i != IGNORED and not 0 <= i < highest for i in labels):
             raise TesselError(f"{self._handler.name}: an id is not of the tokenizer's {highest:,} ids")
-        end = [self._own_vocabulary.eod] if self._settings.append_eod else []
+        end = [self._own_vocabulary.eod] if self._append_eod else []
         return Rendered(np.array([*ids, *end], np.int32), np.array([*labels, *end], np.int32))
 
 

@@ -20,7 +20,7 @@ from tessel.data.instruct.vocabulary import Vocabulary, vocabulary_for
 from tessel.data.tokenizer import Tokenizer
 
 NO_LIMIT = 100_000
-"""Tokens at which a dialogue is cut without --seq-length, as MindSpeed-LLM does."""
+"""Tokens at which MindSpeed-LLM cuts a dialogue without --seq-length."""
 
 
 class Rendered(NamedTuple):
@@ -35,14 +35,14 @@ class RenderOptions:
     """What the command line says about rendering.
 
     Attributes:
-        max_tokens: turns are cut to fit.
+        max_tokens: turns are cut to fit; None leaves them whole.
         append_eod: end with the vocabulary's eod, trained.
         thinking: None leaves the answers as they are, False takes their thoughts out, True trains empty ones.
         drop_thinking: take the thoughts out of all answers but the last.
         effort: of reasoning, for chat templates.
     """
 
-    max_tokens: int = NO_LIMIT
+    max_tokens: int | None = None
     append_eod: bool = False
     train_on_prompt: bool = False
     mask_history: bool = False
@@ -227,7 +227,8 @@ class _Sheet:
         bounds = np.array([*self._starts, len(keys)], np.int64)
         offsets = np.concatenate([[0], np.cumsum(segment_lengths)])
         totals = offsets[bounds[1:]] - offsets[bounds[:-1]]
-        too_long = [d for d in np.flatnonzero(totals >= options.max_tokens).tolist() if self._turns[d]]
+        most = options.max_tokens
+        too_long = [d for d in np.flatnonzero(totals >= most).tolist() if self._turns[d]] if most is not None else []
         if too_long:
             too_long = sorted({*too_long, *(d + 1 for d in too_long if self._is_followed(d))})
             for d in too_long:
