@@ -12,7 +12,7 @@ import numpy as np
 
 from tessel.config.run import Data, RunConfig
 from tessel.config.run import Tokenizer as TokenizerSection
-from tessel.data.blend import Blend, BlendedDataset, normalize, share_sizes
+from tessel.data.blend import Blend, BlendedDataset, Part, normalize, share_sizes
 from tessel.data.cache import IndexCache
 from tessel.data.indexed import IndexedDataset, strip_suffix
 from tessel.data.paths import is_raw_text, read_sources
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataset", "Splits", "build_datasets", "build_splits", "num_samples_for", "sample_options"]
 
-Dataset = GPTDataset | BlendedDataset
+Dataset = Part | BlendedDataset
 NumSamples = tuple[int | None, int | None, int | None]
 Bounds = Sequence[tuple[int, int] | None]
 
@@ -50,11 +50,23 @@ def build_datasets(cfg: RunConfig, tokenizer: Tokenizer | None, num_samples: Num
     """
     if cfg.batch.seq_length is None:
         raise UsageError("--seq-length is missing: it says how many tokens a sample has.")
-    options = sample_options(cfg.data, cfg.tokenizer, tokenizer, cfg.batch.seq_length, cfg.precision.seed)
-    splits = build_splits(cfg.data, options, tokenizer, num_samples)
+    splits = splits_of(cfg, tokenizer, num_samples)
     for name, dataset in zip(SPLITS, splits, strict=True):
         log(f"{name} data: {summary(dataset) if dataset is not None else 'none'}")
     return splits
+
+
+def splits_of(cfg: RunConfig, tokenizer: Tokenizer | None, num_samples: NumSamples) -> Splits:
+    """The datasets of a run, of text or of dialogues; says nothing but what came from a cache."""
+    if cfg.finetune.reads_dialogues:
+        from tessel.data.instruct.build import build_dialogues
+
+        if tokenizer is None:
+            raise UsageError("Dialogues need the tokenizer that they were made with: give --tokenizer-name-or-path.")
+        return Splits(*build_dialogues(cfg, tokenizer, num_samples))
+    assert cfg.batch.seq_length is not None
+    options = sample_options(cfg.data, cfg.tokenizer, tokenizer, cfg.batch.seq_length, cfg.precision.seed)
+    return build_splits(cfg.data, options, tokenizer, num_samples)
 
 
 def sample_options(
@@ -118,7 +130,8 @@ def summary(dataset: Dataset) -> str:
         for part in parts[:8]
     )
     more = f"; and {len(parts) - 8} more" if len(parts) > 8 else ""
-    return f"{len(dataset):,} samples of {parts[0].config.seq_length} tokens from {sources}{more}"
+    length = f"{'' if isinstance(parts[0], GPTDataset) else 'up to '}{parts[0].config.seq_length}"
+    return f"{len(dataset):,} samples of {length} tokens from {sources}{more}"
 
 
 class _Builder:

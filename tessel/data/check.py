@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tessel.data.blend import BlendedDataset
+from tessel.data.blend import BlendedDataset, Part
 from tessel.data.indexed import IndexedDataset
 from tessel.data.samples import GPTDataset
 from tessel.errors import TesselError
@@ -14,11 +14,15 @@ SCAN_LIMIT_TOKENS = 20_000_000
 _CHUNK_SEQUENCES = 4096
 
 
-def check_dataset(dataset: GPTDataset | BlendedDataset | None, vocab_size: int) -> None:
+def check_dataset(dataset: Part | BlendedDataset | None, vocab_size: int) -> None:
     """Check every file of a dataset that is small enough to be read at the start; see `check_token_ids`."""
     if dataset is None:
         return
     parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
+    for part in parts:
+        if not isinstance(part, GPTDataset):
+            part.check_ids(vocab_size, SCAN_LIMIT_TOKENS)
+    parts = [part for part in parts if isinstance(part, GPTDataset)]
     for indexed in {part.indexed.prefix: part.indexed for part in parts}.values():
         if indexed.dtype.kind == "f":
             raise TesselError(

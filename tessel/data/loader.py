@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from tessel.config.run import RunConfig
-from tessel.data.blend import BlendedDataset
+from tessel.data.blend import BlendedDataset, Part
 from tessel.data.check import out_of_range, refuse_token_ids
+from tessel.data.instruct.samples import PairSample, padded
 from tessel.data.sampler import SampleOrder, sample_ids
 from tessel.data.samples import GPTDataset, Sample
 from tessel.errors import TesselError
 
-Dataset = GPTDataset | BlendedDataset
+Dataset = Part | BlendedDataset
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Loader:
         self._order = SampleOrder(cfg.data.dataloader_type, not cfg.data.no_data_sharding, num_ranks, rank)
         self._vocab_size = vocab_size
         self._pin_memory = pin_memory
+        self._one_length = cfg.layout.pipeline_model_parallel_size > 1
         self._pool = ThreadPoolExecutor(cfg.data.num_workers, "data") if cfg.data.num_workers > 0 else None
         self._ahead: tuple[_Request, list[Future[MicroBatch]]] | None = None
 
@@ -147,6 +150,8 @@ class Loader:
             assert self._ahead is not None
             futures, self._ahead = self._ahead[1], None
             batches = [future.result() for future in futures]
+        if self._one_length:
+            batches = to_one_length(batches)
         self.stall_s += time.perf_counter() - begin_s
         return batches
 
@@ -163,7 +168,7 @@ class Loader:
             if own >= start + num_samples:
                 batch = replace(batch, loss_mask_BS=torch.zeros_like(batch.loss_mask_BS))
             batches.append(batch)
-        return batches
+        return to_one_length(batches) if self._one_length else batches
 
     def _start(self, pool: ThreadPoolExecutor, request: _Request) -> list[Future[MicroBatch]]:
         try:
@@ -188,10 +193,17 @@ class Loader:
 
     def _read(self, ids: np.ndarray) -> MicroBatch:
         numbers = tuple(ids.tolist())
-        batch = collate([self.dataset[i] for i in numbers], numbers)
+        batch = collate(self._of_one_length([self.dataset[i] for i in numbers]), numbers)
         if self._vocab_size is not None:
             self._check(batch, self._vocab_size)
         return batch.pin_memory() if self._pin_memory else batch
+
+    def _of_one_length(self, samples: list[Sample | PairSample]) -> list[Sample]:
+        """Rows of one length: those of text are, dialogues are padded."""
+        first = self.dataset.datasets[0] if isinstance(self.dataset, BlendedDataset) else self.dataset
+        if isinstance(first, GPTDataset):
+            return [sample for sample in samples if not isinstance(sample, PairSample)]
+        return padded(samples, first.config.padding)
 
     def _check(self, batch: MicroBatch, vocab_size: int) -> None:
         if not any(out_of_range(ids_BS.numpy(), vocab_size) for ids_BS in (batch.tokens_BS, batch.labels_BS)):
@@ -201,8 +213,41 @@ class Loader:
             if isinstance(dataset, BlendedDataset):
                 number, at = dataset.locate(i)
                 dataset = dataset.datasets[number]
+            if not isinstance(dataset, GPTDataset):
+                dataset.refuse_ids(at, vocab_size)
+                continue
             for piece in dataset.pieces(at):
                 refuse_token_ids(dataset.indexed, piece.document, vocab_size)
+
+
+def to_one_length(batches: list[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches of a step as a pipeline takes them: of the longest one's length, all with segments or none.
+
+    What is added on the right is masked, and has segment 0 where there are segments.
+    """
+    lengths = {batch.tokens_BS.shape[1] for batch in batches}
+    segmented = [batch.segments_BS is not None for batch in batches]
+    if len(lengths) == 1 and all(segmented) == any(segmented):
+        return batches
+    longest = max(lengths)
+
+    def extended(batch: MicroBatch) -> MicroBatch:
+        more = longest - batch.tokens_BS.shape[1]
+        segments_BS = batch.segments_BS
+        if segments_BS is None and any(segmented):
+            segments_BS = torch.ones_like(batch.tokens_BS, dtype=torch.int32)
+        size = len(batch.tokens_BS)
+        following_BS = torch.arange(longest - more, longest).expand(size, more)
+        return replace(
+            batch,
+            tokens_BS=F.pad(batch.tokens_BS, (0, more)),
+            labels_BS=F.pad(batch.labels_BS, (0, more)),
+            loss_mask_BS=F.pad(batch.loss_mask_BS, (0, more)),
+            positions_BS=torch.cat((batch.positions_BS, following_BS), dim=1),
+            segments_BS=None if segments_BS is None else F.pad(segments_BS, (0, more)),
+        )
+
+    return [extended(batch) for batch in batches]
 
 
 def collate(samples: list[Sample], numbers: tuple[int, ...]) -> MicroBatch:

@@ -46,6 +46,7 @@ class Evaluator:
         self._global_batch_size = cfg.batch.global_batch_size or cfg.batch.micro_batch_size
         self._num_iters = cfg.evaluation.eval_iters or 0
         self._whole_set = cfg.evaluation.full_validation
+        self._by_micro_batch = cfg.finetune.reads_dialogues and not cfg.batch.calculate_per_token_loss
         self._has_an_end = cfg.data.dataloader_type != "cyclic"
         self._consumed_samples = {"validation": 0, "test": 0}
 
@@ -92,7 +93,7 @@ class Evaluator:
                 if stopped():
                     return None
                 batches = [batch.to(self._device) for batch in self._fetch(loader, start, size, micro_batch_size)]
-                sums = evaluation_sums(self._learner.runner, batches, peers)
+                sums = evaluation_sums(self._learner.runner, batches, peers, by_micro_batch=self._by_micro_batch)
                 nll_sum, num_tokens = nll_sum + sums[0], num_tokens + sums[1]
                 watchdog.goes_on()
         finally:

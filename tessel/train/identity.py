@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tessel.config.run import RunConfig
-from tessel.data.blend import BlendedDataset
+from tessel.data.blend import BlendedDataset, Part
 from tessel.data.build import Dataset, Splits
 from tessel.data.samples import GPTDataset
 from tessel.errors import TesselError
@@ -32,6 +32,10 @@ _PROBES = 64
 _PROBE_TOKENS = 256
 # Flags that decide which tokens a step trains on, or with which loss.
 _DATA_FLAGS = ("split", "eod_mask_loss", "reset_position_ids", "reset_attention_mask", "dataloader_type")
+_DIALOGUE_FLAGS = (
+    "neat_pack", "no_cut_token", "cut_max_seqlen", "no_shuffle", "padded_samples", "full_shuffle_instruction_dataset",
+    "calculate_per_sequence_loss",
+)  # fmt: skip
 
 
 def run_identity(cfg: RunConfig, model_config: ModelConfig, splits: Splits) -> dict[str, Any]:
@@ -44,6 +48,8 @@ def run_identity(cfg: RunConfig, model_config: ModelConfig, splits: Splits) -> d
         "--calculate-per-token-loss": cfg.batch.calculate_per_token_loss,
         "training data": _dataset_identity(splits.train),
     }
+    if cfg.finetune.reads_dialogues:
+        data |= {f"--{name.replace('_', '-')}": getattr(cfg.finetune, name) for name in _DIALOGUE_FLAGS}
     return {"model": model, "data": data, "order": _num_epochs(splits.train)}
 
 
@@ -66,13 +72,13 @@ def _dataset_identity(dataset: Dataset | None) -> list[str]:
     ]
 
 
-def _part_identity(part: GPTDataset) -> str:
+def _part_identity(part: Part) -> str:
     """By content, not by path: all lengths, and some tokens, since packed data has one length throughout."""
-    indexed = part.indexed
-    digest = hashlib.blake2b(np.ascontiguousarray(indexed.lengths).data, digest_size=8)
-    for sequence in np.linspace(0, len(indexed) - 1, num=min(len(indexed), _PROBES), dtype=np.int64).tolist():
-        tokens = indexed.get(sequence)[:_PROBE_TOKENS]
-        digest.update(tokens.astype(np.int64).tobytes())
+    digest = hashlib.blake2b(np.ascontiguousarray(part.indexed.lengths).data, digest_size=8)
+    for indexed in (part.indexed,) if isinstance(part, GPTDataset) else part.files:
+        for sequence in np.linspace(0, len(indexed) - 1, num=min(len(indexed), _PROBES), dtype=np.int64).tolist():
+            tokens = indexed.get(sequence)[:_PROBE_TOKENS]
+            digest.update(tokens.astype(np.int64).tobytes())
     return f"{part.tokens_per_epoch} tokens, digest {digest.hexdigest()}"
 
 

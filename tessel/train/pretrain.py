@@ -268,6 +268,7 @@ class _Run:
             count_zeros=cfg.logging.log_num_zeros_in_grad,
             skip_not_finite=cfg.precision.no_check_for_nan_in_loss_and_grad,
             largest_gradient=largest_gradient(cfg.precision),
+            logs_trained_loss=cfg.finetune.reads_dialogues,
         )
         training_log = TrainingLog(
             train_iters,

@@ -75,8 +75,13 @@ class TrainStep:
         count_zeros: bool,
         skip_not_finite: bool,
         largest_gradient: float = math.inf,
+        logs_trained_loss: bool = False,
     ) -> None:
-        """`largest_gradient` is where a scaled gradient counts as overflowed. `balance`: of a mixture of experts."""
+        """`largest_gradient` is where a scaled gradient counts as overflowed. `balance`: of a mixture of experts.
+
+        `logs_trained_loss`: the loss that is logged is the one whose gradient is taken, as MindSpeed-LLM's
+        fine-tuning has it; else the mean over tokens, as Megatron has it whatever is trained.
+        """
         self._runner = runner
         self._optimizer = optimizer
         self._gradients = gradients
@@ -88,6 +93,7 @@ class TrainStep:
         self._z_loss_coeff = z_loss_coeff
         self._count_zeros = count_zeros
         self._skip_not_finite = skip_not_finite
+        self._logs_trained_loss = logs_trained_loss
         # NaN compares as false, so an infinite bound still finds what is not finite.
         self._largest_gradient = min(largest_gradient, torch.finfo(torch.float32).max)
 
@@ -147,11 +153,14 @@ class TrainStep:
             divisor = float(num_tokens) if self._per_token_loss and not divide_later else 1.0
             self._balance.start_step(scale * size / divisor)
         losses = self._runner.train(batches, weights, self._z_loss_coeff)
-        # A micro-batch's weights are all equal, or zero: dividing gives back its sum of nll.
-        factors = torch.stack([weights_BS.amax() for weights_BS in weights]).double()
         nll = losses[:, 0].double()
-        nll_sum = torch.where(factors > 0, nll / factors, nll).sum()
-        loss = self._peers.sum_losses(nll_sum) / num_tokens
+        if self._logs_trained_loss and not self._per_token_loss:
+            loss = self._peers.sum_losses(nll.sum()) / scale
+        else:
+            # A micro-batch's weights are its mask times one factor: dividing gives back its masked sum of nll.
+            factors = torch.stack([_factor(*pair) for pair in zip(weights, masks, strict=True)])
+            nll_sum = torch.where(factors > 0, nll / factors, nll).sum()
+            loss = self._peers.sum_losses(nll_sum) / num_tokens
         return loss, num_tokens if divide_later else torch.ones_like(num_tokens)
 
     @torch.no_grad()
@@ -165,10 +174,26 @@ class TrainStep:
         return not overflow
 
 
-def evaluation_sums(runner: Runner, batches: Sequence[MicroBatch], peers: Peers | None = None) -> tuple[float, float]:
-    """Sum of nll over the loss-bearing tokens of all replicas, and the number of those tokens."""
+def _factor(weights_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """What the mask was multiplied by, fp64; 0 for an empty one."""
+    at = mask_BS.argmax()
+    mask = mask_BS.flatten()[at].double()
+    return torch.where(mask > 0, weights_BS.flatten()[at].double() / mask.clamp(min=1e-30), 0.0)
+
+
+def evaluation_sums(
+    runner: Runner, batches: Sequence[MicroBatch], peers: Peers | None = None, *, by_micro_batch: bool = False
+) -> tuple[float, float]:
+    """Sum of nll over the loss-bearing tokens of all replicas, and the number of those tokens.
+
+    `by_micro_batch`: the sum of the micro-batches' means, and the number of micro-batches.
+    """
     peers = peers or Peers()
     masks = [batch.loss_mask_BS for batch in batches]
+    if by_micro_batch:
+        weights = [(mask / mask.sum(dtype=torch.float64).clamp(min=1e-30)).float() for mask in masks]
+        means = peers.sum_losses(runner.evaluate(batches, weights).double().sum())
+        return float(means), float(len(batches) * peers.num_replicas)
     nll = peers.sum_losses(runner.evaluate(batches, masks).double().sum())
     num_tokens = peers.sum_tokens(torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum())
     return float(nll), float(num_tokens)
