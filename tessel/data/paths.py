@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from tessel.config.run import Data
 from tessel.data.blend import Blend, parse_blend
+from tessel.data.readers import SUFFIXES, format_of
 from tessel.data.split import SPLITS
 from tessel.errors import TesselError, UsageError
 from tessel.runtime.files import require_path
-
-RAW_SUFFIXES = (".txt", ".jsonl")
 
 
 class Sources(NamedTuple):
@@ -71,12 +70,12 @@ def is_raw_text(path: str) -> bool:
     file = Path(path)
     if Path(f"{path}.idx").exists() or file.suffix in (".bin", ".idx"):
         return False
-    if file.suffix in RAW_SUFFIXES:
+    if format_of(file) is not None:
         require_path(file, "the data path")
         return True
     if file.is_file():
         raise TesselError(
-            f"{path} is neither the prefix of a .bin/.idx pair nor raw text ({', '.join(RAW_SUFFIXES)}). "
+            f"{path} is neither the prefix of a .bin/.idx pair nor raw text ({', '.join(SUFFIXES)}). "
             "`tessel preprocess` makes a dataset of other files."
         )
     if file.is_dir() and not Path(f"{path}.bin").exists():
@@ -89,7 +88,10 @@ def is_raw_text(path: str) -> bool:
 
 
 def _datasets_in(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.suffix in (".idx", *RAW_SUFFIXES)]
+    # A .json is more often something else than text.
+    return [
+        entry for entry in folder.iterdir() if entry.suffix == ".idx" or (format_of(entry) and entry.suffix != ".json")
+    ]
 
 
 def _blend(words: Sequence[str], flag: str) -> Blend:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tessel.data.indexed import IndexedDataset
 from tessel.data.preprocess import preprocess_files
-from tessel.data.readers import check_inputs
+from tessel.data.readers import check_inputs, format_of
 from tessel.data.tokenizer import Tokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.runtime.files import disk_errors
@@ -43,7 +43,7 @@ def preprocessed_prefix(
     append_eod: bool,
     cache_dir: str | Path | None = None,
 ) -> str:
-    """The prefix of the dataset that a .txt or .jsonl file tokenizes to; built if the cache has none.
+    """The prefix of the dataset that a file of raw text tokenizes to; built if the cache has none.
 
     An entry is a folder that appears whole. Several processes may ask at once: the first to finish
     makes the entry, and the others use it. What was reused or built is said in one line.
@@ -75,10 +75,11 @@ def _key(file: Path, tokenizer: Tokenizer, json_key: str, append_eod: bool) -> s
     with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             content.update(chunk)
+    form = format_of(file)
     parts = {
         "version": _VERSION,
         "content": content.hexdigest(),
-        "kind": file.suffix,
+        "kind": f".{form.name}" if form is not None else "",
         "tokenizer": tokenizer.identity,
         "key": json_key,
         "eod": tokenizer.eod if append_eod else None,

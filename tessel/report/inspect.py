@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tessel.data.readers import format_of
 from tessel.data.tokenizer import HuggingFaceTokenizer, has_tokenizer
 from tessel.errors import TesselError
 from tessel.report import checkpoint, model_folder, run_folder
@@ -63,13 +64,14 @@ def _open_model(path: str, ckpt_step: int | None, hf_dir: str | None) -> StoredM
 def _file_report(path: Path, list_tensors: bool) -> Report:
     if path.suffix == ".safetensors":
         return model_folder.weights_report(path, list_tensors)
-    if path.suffix in (".txt", ".jsonl"):
+    form = format_of(path)
+    if form is not None and form.kind != "json":  # which is more often something else
         num_bytes = path.stat().st_size
         facts = [("size", bytes_text(num_bytes)), ("use", "--data-path takes it as it is, or `tessel preprocess`")]
         return Report(f"{path}: raw text", facts, {"kind": "raw text", "path": str(path), "bytes": num_bytes})
     raise TesselError(
         f"{path} is a file of no kind that is known here. Give a folder, the prefix of a .bin/.idx pair, "
-        "a .safetensors file, or raw text (.txt, .jsonl)."
+        "a .safetensors file, or raw text (.jsonl, .txt, .parquet, .csv, .arrow)."
     )
 
 

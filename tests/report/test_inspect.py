@@ -289,9 +289,9 @@ def test_a_path_that_is_nothing(run: Inspect, dataset: str, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(TesselError, match=r"is nothing that is known here. Looked for .*tokenizer.json\)\.$"):
         run(tmp_path / "empty")
-    (tmp_path / "a.parquet").write_text("x")
+    (tmp_path / "a.json").write_text("x")
     with pytest.raises(TesselError, match="is a file of no kind that is known here"):
-        run(tmp_path / "a.parquet")
+        run(tmp_path / "a.json")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/config.json").write_text("{")
     with pytest.raises(TesselError, match="not valid JSON"):

@@ -81,7 +81,7 @@ def json_blocks(path: str, stream: Stream, block_bytes: int) -> Blocks:
         Damage: the file cannot be read on, an element is too long, or the array does not end.
     """
     try:
-        start = stream.read(block_bytes)
+        start = stream.read(max(block_bytes, 64))
         while start and not start.removeprefix(BYTE_ORDER_MARK).strip(_SPACES):
             more = stream.read(block_bytes)
             if not more:
@@ -139,8 +139,8 @@ def _check_rest(stream: Stream, rest: bytes, row: int, block_bytes: int) -> None
         raise Damage(row, stream.explain(error)) from error
     raise Damage(
         row,
-        "something follows the end of the array. If the file has a list on each line, rename it to .jsonl; "
-        "if it is several files joined, part them.",
+        "something follows the end of the array: a bracket too many, or several arrays. "
+        "Mend it, or rename the file to .jsonl if each line holds a list.",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,4 +99,4 @@ def report(block: Block, number: int, reason: str, bad: list[BadRow] | None) -> 
     bad.append(BadRow(number, reason))
 
 
-Blocks = Iterator[Block]
+Blocks = Generator[Block, None, None]

@@ -19,7 +19,7 @@ from tessel.data.rows import BadRow, Row
 
 # A quoted cell, but for its closing quote. Nothing is tried again, so long cells cost no memory.
 _QUOTED = re.compile(rb'"[^"]*+(?:""[^"]*+)*+')
-_LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
 # pandas' read_csv, argument na_values of its documentation.
 NULL_WORDS = frozenset(
     [*("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>")]
@@ -112,7 +112,8 @@ def _first_record(data: bytes) -> int:
     begin = len(data) - len(data.lstrip(b"\r\n"))
     for until, after in [*_quoted(data)[0], (len(data), 0)]:
         if ending := _LINE_END.search(data, begin, until):
-            return ending.end()
+            # A newline may follow a carriage return at the end.
+            return ending.end() if ending[0] != b"\r" or ending.end() < len(data) else 0
         begin = after
     return 0
 

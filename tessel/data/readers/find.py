@@ -47,10 +47,10 @@ def find_inputs(args: Sequence[str | Path], compatible: str | None = None) -> li
             files.extend(_in_folder(path, compatible))
         elif path.exists():
             files.append(path)
-        elif _GLOB.search(text):
-            files.extend(_in_glob(text))
         elif looks_like_hub(text):
             files.extend(hub_files(text))
+        elif _GLOB.search(text):
+            files.extend(_in_glob(text))
         else:
             files.append(require_path(path, "the input"))
     return files

@@ -50,7 +50,7 @@ def hub_files(text: str) -> list[Path]:
 
 def _parse(text: str) -> tuple[str, str | None, str]:
     name, *rest = text.removeprefix(_PREFIX).split(":")
-    if not name or len(rest) > 2:
+    if not name or len(rest) > 2 or not all(re.fullmatch(r"[\w.-]*", word) for word in rest):
         raise UsageError(f"The input {text}: hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT is expected.")
     config, split = [*rest, "", ""][:2]
     return name, config or None, split or "train"

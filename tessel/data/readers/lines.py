@@ -132,7 +132,7 @@ def load_slowly(data: bytes, path: str) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RowFault(not_utf8(error.reason, data[error.start], path)) from error
-    if text.isspace():
+    if not text or text.isspace():
         return BLANK
     try:
         return json.loads(text)
