@@ -22,6 +22,7 @@ from tessel.config.preprocess_flags import PREPROCESSING
 from tessel.config.preprocess_rules import validate_preprocess
 from tessel.config.run import RunConfig
 from tessel.config.show import format_config, mark_changes
+from tessel.config.templates import TemplatesConfig, validate_templates
 from tessel.config.validate import advice, validate, validate_generate, validate_samples
 from tessel.launch import launch, starts_processes
 from tessel.runtime.failure import shown_once
@@ -121,6 +122,17 @@ def inspect(argv: list[str]) -> None:
     target.inspect(cfg)
 
 
+def templates(argv: list[str]) -> None:
+    """List prompt types, or compare them with a tokenizer's chat template."""
+    cfg = _read(TemplatesConfig, argv, "templates", validate_templates)
+    if cfg is None:
+        return
+    from tessel.report import templates as target
+
+    if not target.templates(cfg):
+        raise SystemExit(1)
+
+
 def convert(argv: list[str]) -> None:
     """Write a checkpoint in another format or layout, and prove it."""
     cfg = _read(conversion.ConvertConfig, argv, "convert", conversion.validate_convert, conversion.CONVERSION)
@@ -198,6 +210,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "samples": samples,
     "generate": generate,
     "inspect": inspect,
+    "templates": templates,
     "download": download,
     "convert": convert,
     "verify": verify,

@@ -20,6 +20,7 @@ from tessel.data.instruct.tools import parse_calls, parse_tools
 from tessel.data.instruct.vocabulary import Vocabulary, hf_of, plain_vocabulary
 from tessel.data.tokenizer import Tokenizer
 from tessel.errors import TesselError
+from tessel.runtime.log import warn_once
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 Span = tuple[int, int]
@@ -40,7 +41,7 @@ class ChatRenderer:
         self._hf = hf_of(tokenizer)
         if not self._hf.chat_template:
             raise TesselError(
-                f"--prompt-type hf: the tokenizer {tokenizer.source} has no chat template; name a prompt type "
+                f"The tokenizer {tokenizer.source} has no chat template, which --prompt-type hf is; name a prompt type "
                 "(`tessel templates` lists them)."
             )
         self.options = options
@@ -48,8 +49,8 @@ class ChatRenderer:
         self._backend: Any = getattr(self._hf, "backend_tokenizer", None)
         if self._backend is None:
             raise TesselError(
-                f"--prompt-type hf: the tokenizer {tokenizer.source} is one written in Python, which does not say "
-                "where in the text a token stands; use its fast form (tokenizer.json)."
+                f"The tokenizer {tokenizer.source} is one written in Python, which does not say where in the text a "
+                "token stands, as --prompt-type hf needs; use its fast form (tokenizer.json)."
             )
         self._marks = _GENERATION.search(str(self._hf.chat_template)) is not None
 
@@ -97,6 +98,7 @@ class ChatRenderer:
     def _written(self, dialogue: Dialogue, last_only: bool) -> _Written:
         messages = self._messages(dialogue)
         text = self._apply(messages, dialogue.tools, asks=False)
+        _check_written(dialogue, text, self.options)
         if self.options.train_on_prompt:
             return _Written(text, [(0, len(text))])
         if self._marks:
@@ -158,6 +160,25 @@ class ChatRenderer:
             labels = np.where(trained, ids, np.int32(IGNORED))
             rendered.append(Rendered(*(np.append(part, end).astype(np.int32) for part in (ids, labels))))
         return rendered
+
+
+def _check_written(dialogue: Dialogue, text: str, options: RenderOptions) -> None:
+    """A template that knows no functions or thoughts leaves them out without a word: another answer would be trained.
+
+    Thoughts of earlier answers are left out on purpose.
+    """
+    thought = dialogue.messages[-1].thought if dialogue.messages else ""
+    if thought and thought not in text and options.thinking is not False:
+        raise TesselError("the chat template leaves out the thought of the last answer; name a prompt type")
+    for message in dialogue.messages:
+        for call in parse_calls(message.content) if message.role == FUNCTION else ():
+            if call.name not in text:
+                raise TesselError(
+                    f"the chat template leaves out the function call {call.name!r}; name a prompt type that writes it"
+                )
+    for function in parse_tools(dialogue.tools) if dialogue.tools else ():
+        if function["name"] not in text:
+            warn_once("the chat template leaves out the tools of the rows: the model is not told of them")
 
 
 def _unstable(i: int) -> TesselError:
