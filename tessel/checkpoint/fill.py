@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tessel.checkpoint.stored import StoredTensor
 from tessel.checkpoint.tiles import local_of, part_of, whole_tile
+from tessel.layout.adapters import is_adapter
 from tessel.layout.tiles import Tile
 from tessel.runtime.log import progress
 from tessel.runtime.watchdog import unlimited
@@ -20,11 +21,11 @@ def fill_model(
     device: torch.device | str = "cpu",
     tiles: Mapping[str, Tile] | None = None,
 ) -> None:
-    """Give every parameter of `model` the value that is stored under its name, converted to its own dtype.
+    """Give every parameter of `model` but adapters the value that is stored under its name, in its own dtype.
 
     Those on the meta device are made on `device`. `tiles`: see `huggingface.load_into`.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
     with (
         unlimited("reading weights"),
         progress("reading weights", sum(parameter.numel() for parameter in parameters.values())) as bar,

@@ -20,6 +20,7 @@ from tessel.checkpoint.stored import StoredModel, StoredTensor
 from tessel.checkpoint.tiles import whole_tile
 from tessel.checkpoint.weights import SAFETENSORS_FILE, SAFETENSORS_INDEX, named, read_tensors
 from tessel.errors import TesselError
+from tessel.layout.adapters import is_adapter
 from tessel.layout.sharding import parameters
 from tessel.layout.tiles import Tile
 from tessel.model.config import ModelConfig
@@ -70,6 +71,7 @@ def load_into(
     own_names = dict(model.named_parameters())
     if tiles is None:
         tiles = {name: whole_tile(tuple(parameter.shape)) for name, parameter in own_names.items()}
+    tiles = {name: tile for name, tile in tiles.items() if not is_adapter(name)}
     own = tiles[EMBEDDING].index() if EMBEDDING in own_names else None
     stored = matching(Path(folder), {name: tile.shape for name, tile in tiles.items()}, own)
     fill_model(model, stored, device, tiles)

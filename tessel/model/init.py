@@ -68,10 +68,10 @@ def initialize_(
     stds = {"normal": std, "scaled_normal": std / math.sqrt(2 * config.num_hidden_layers)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            rule = table[pattern_of(name)]
-            tile = tiles[name] if tiles is not None else None
             if only is not None and name not in only:
                 continue
+            rule = table[pattern_of(name)]
+            tile = tiles[name] if tiles is not None else None
             if rule.init == "uniform":
                 _draw_(_held(parameter), rule.shape, _uniform(rule.shape[-1] ** -0.5), seed, name, tile)
             elif rule.init in stds:

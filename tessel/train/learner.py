@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tessel.layout.adapters import AdapterSpec
 from tessel.layout.tiles import Tile
 from tessel.model.balance import Balance
 from tessel.model.transformer import Transformer
@@ -38,8 +39,13 @@ class Learner:
     balance: Balance
 
     def weights(self) -> dict[str, Tensor]:
-        """This process's parameters by name, fp32, not copies."""
-        return {name: parameter.detach() for name, parameter in named_parameters(self.parts).items()}
+        """This process's trained parameters by name, fp32, not copies: all of them, or the adapters."""
+        return {name: p.detach() for name, p in named_parameters(self.parts).items() if p.requires_grad}
+
+    @property
+    def adapters(self) -> AdapterSpec | None:
+        """The kind of adapters that are trained, and not the model."""
+        return self.parts[0].config.adapters
 
     def tensors(self, with_optimizer: bool) -> dict[str, Tensor]:
         """What a checkpoint of the run holds, not copies."""

@@ -20,6 +20,7 @@ from tessel.config.layout_rules import sharding_strategy_of
 from tessel.config.run import ModelShape, Precision, RunConfig, Tokenizer
 from tessel.data.tokenizer import load_tokenizer
 from tessel.errors import TesselError, UsageError
+from tessel.layout.adapters import is_adapter
 from tessel.layout.asked import num_shards, stages_asked
 from tessel.layout.sharding import parameters as sharding_rules
 from tessel.layout.stages import Stages
@@ -29,6 +30,7 @@ from tessel.model.balance import Balance, RouterOptions
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.kernels import choose
+from tessel.model.lora import freeze_base
 from tessel.model.offload import Offload
 from tessel.model.recompute import Recompute
 from tessel.model.shape import contradictions
@@ -44,6 +46,7 @@ from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
 from tessel.train import foreign, frugal
+from tessel.train.adapting import Adapting, load_adapters
 from tessel.train.gradients import Gradients
 from tessel.train.learner import Learner, named_parameters
 from tessel.train.optimizer import build_optimizer, parameter_groups
@@ -73,8 +76,11 @@ def build_learner(
     device: torch.device,
     groups: Groups | None,
     stack: contextlib.ExitStack,
+    adapting: Adapting | None = None,
 ) -> Learner:
     """Build this process's part of the model on `device` with the weights of `source`, in the precision asked for.
+
+    With `adapting`, the weights are those of its base, and frozen, and adapters are what is trained.
 
     A run's optimizer state is not loaded here. `stack` closes the process group of mixed precision.
     """
@@ -94,7 +100,7 @@ def build_learner(
         groups,
         stages,
         cfg.layout,
-        lambda parts: _load_weights(parts, tiles, model_config, source, cfg, device),
+        lambda parts: _load_all(parts, tiles, model_config, source, cfg, device, adapting),
         cfg.kernels.compile,
         _sharding(cfg, groups, dtype, device, stack),
     )
@@ -133,7 +139,7 @@ def _builder(
 
     def build() -> Transformer:
         with torch.device("meta"):
-            return Transformer(
+            model = Transformer(
                 model_config,
                 kernels,
                 attention_dropout=cfg.model.attention_dropout,
@@ -142,6 +148,9 @@ def _builder(
                 offload=Offload.from_options(cfg.memory),
                 balance=balance,
             )
+        if model_config.adapters is not None:
+            freeze_base(model, compute_dtype(cfg.precision))
+        return model
 
     return build
 
@@ -198,6 +207,22 @@ def _gradients(
     return Gradients(parameters, Peers(groups), copies, padding, partial)
 
 
+def _load_all(
+    parts: Sequence[Transformer],
+    tiles: Mapping[str, Tile],
+    model_config: ModelConfig,
+    source: Source,
+    cfg: RunConfig,
+    device: torch.device,
+    adapting: Adapting | None,
+) -> None:
+    if adapting is None:
+        _load_weights(parts, tiles, model_config, source, cfg, device)
+        return
+    _load_weights(parts, tiles, model_config, adapting.base, cfg, device)
+    load_adapters(parts, tiles, model_config, adapting, source, cfg.precision.seed)
+
+
 def _load_weights(
     parts: Sequence[Transformer],
     tiles: Mapping[str, Tile],
@@ -208,7 +233,9 @@ def _load_weights(
 ) -> None:
     """Fill `parts`, which are on the meta device: plain tensors until it is known that the weights fit them."""
     for part in parts:
-        is_shared_out = any(isinstance(parameter, DTensor) for parameter in part.parameters())
+        names = {name for name, _ in part.named_parameters() if not is_adapter(name)}
+        has_adapters = model_config.adapters is not None
+        is_shared_out = has_adapters or any(isinstance(parameter, DTensor) for parameter in part.parameters())
         if is_shared_out or not (source.kind is Kind.HUGGINGFACE or source.stored is not None):
             _make_room(part, tiles, device)
         if source.kind is Kind.HUGGINGFACE:
@@ -216,14 +243,17 @@ def _load_weights(
             huggingface.load_into(part, source.folder, device, tiles)
         elif source.stored is not None:
             flags = cfg.checkpoint
-            with_optimizer = not (flags.finetune or flags.no_load_optim or cfg.batch.skip_train)
+            # A run's own weights are the fp32 ones, whatever becomes of its moments.
+            with_optimizer = source.kind is not Kind.FOREIGN or not (
+                flags.finetune or flags.no_load_optim or cfg.batch.skip_train
+            )
             fill_model(part, foreign.weights(source.stored, with_optimizer), device, tiles)
         elif source.kind is Kind.RANDOM:
             held = {name: held_tile(parameter, tiles[name]) for name, parameter in part.named_parameters()}
-            initialize_(part, model_config, cfg.model.init_method_std, cfg.precision.seed, held)
+            initialize_(part, model_config, cfg.model.init_method_std, cfg.precision.seed, held, only=names)
         else:
             assert source.folder is not None and source.iteration is not None
-            weights = {f"model.{name}": parameter.detach() for name, parameter in part.named_parameters()}
+            weights = {f"model.{name}": p.detach() for name, p in part.named_parameters() if name in names}
             run_checkpoint.load_tensors(source.folder, source.iteration, tiled(weights, tiles))
 
 
@@ -263,7 +293,8 @@ def model_config_of(
     Raises:
         UsageError: a shape flag contradicts config.json; both values are shown.
     """
-    if source.stored is not None:
+    if source.kind is Kind.FOREIGN:
+        assert source.stored is not None
         config = foreign.with_given(source.stored, shape, given)
         config.check_shape_flags(shape, set(given))
         return config

@@ -1,0 +1,119 @@
+"""Which adapters a run trains, and where the model beside them comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.adapters import StoredAdapter, check_asked, open_adapter
+from tessel.checkpoint.tiles import held_tile, local_of, part_of, tiled
+from tessel.config.lora import DEFAULT_RANK, Lora
+from tessel.config.run import RunConfig
+from tessel.errors import TesselError, UsageError
+from tessel.layout.adapters import AdapterSpec, groups_of, is_adapter
+from tessel.layout.tiles import Tile
+from tessel.model.config import ModelConfig
+from tessel.model.init import initialize_
+from tessel.model.transformer import Transformer
+from tessel.train.source import Kind, Source, find_source
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """What is trained is adapters: of this kind, beside the weights of `base`, starting from `stored` if there is one."""
+
+    spec: AdapterSpec
+    base: Source
+    stored: StoredAdapter | None
+
+    def describe(self) -> str:
+        """One line for the log."""
+        spec = self.spec
+        shared = "".join(f"; {', '.join(group)} share one A" for group in spec.groups if len(group) > 1)
+        start = "" if self.stored is None else f", starting from {self.stored.folder}"
+        return f"adapters of rank {spec.rank}, alpha {spec.alpha:g}, beside {', '.join(spec.targets)}{shared}{start}"
+
+
+def adapting(cfg: RunConfig, source: Source, config: ModelConfig) -> Adapting | None:
+    """What --lora-* ask for; None where the model itself is trained.
+
+    Raises:
+        UsageError: numbers out of range, unknown projections, or flags that contradict the stored adapter.
+        TesselError: --lora-load holds no adapter of this model, or the run's model is not there any more.
+    """
+    if not cfg.lora.is_on:
+        return None
+    stored = None if cfg.lora.lora_load is None else open_adapter(cfg.lora.lora_load, config)
+    spec = _spec(cfg.lora, stored)
+    base = source
+    if source.kind is Kind.RESUME:
+        base = find_source(replace(cfg.checkpoint, no_resume=True, ckpt_step=None), cfg.model)
+    if base.kind is Kind.RUN and not _holds_weights(base):
+        raise TesselError(
+            f"--load {base.folder} is a run that trained adapters: give its model with --load, and the run with "
+            "--lora-load."
+        )
+    return Adapting(spec, base, stored)
+
+
+def _spec(lora: Lora, stored: StoredAdapter | None) -> AdapterSpec:
+    if lora.lora_r is not None and lora.lora_r < 1:
+        raise UsageError(f"--lora-r {lora.lora_r} must be at least 1.")
+    if not 0 <= lora.lora_dropout < 1:
+        raise UsageError(f"--lora-dropout {lora.lora_dropout} must be at least 0 and below 1.")
+    names = lora.lora_target_modules
+    groups = groups_of(names or ("all",))
+    rank = DEFAULT_RANK if lora.lora_r is None else lora.lora_r
+    alpha = 2.0 * rank if lora.lora_alpha is None else lora.lora_alpha
+    asked = AdapterSpec(rank, alpha, groups, lora.lora_dropout, lora.use_rslora)
+    if stored is None:
+        return asked
+    check_asked(stored, asked if names else None, lora.lora_r, lora.lora_alpha)
+    return replace(stored.spec, dropout=lora.lora_dropout)
+
+
+def _holds_weights(source: Source) -> bool:
+    assert source.folder is not None and source.iteration is not None
+    return "adapters" not in run_checkpoint.read_state(source.folder, source.iteration)
+
+
+def identity_of(spec: AdapterSpec) -> dict[str, Any]:
+    """What must stay the same for a run of adapters to go on; JSON."""
+    return {"rank": spec.rank, "scale": spec.scale, "groups": [list(group) for group in asdict(spec)["groups"]]}
+
+
+def load_adapters(
+    parts: Sequence[Transformer],
+    tiles: Mapping[str, Tile],
+    config: ModelConfig,
+    adapting: Adapting,
+    source: Source,
+    seed: int,
+) -> None:
+    """Fill the adapters of `parts`: from the run that goes on, the stored adapter, or by their random start."""
+    for part in parts:
+        held = {name: parameter for name, parameter in part.named_parameters() if is_adapter(name)}
+        if source.kind is Kind.RESUME:
+            assert source.folder is not None and source.iteration is not None
+            weights = {f"model.{name}": parameter.detach() for name, parameter in held.items()}
+            run_checkpoint.load_tensors(source.folder, source.iteration, tiled(weights, tiles))
+        elif adapting.stored is not None:
+            for name, parameter in held.items():
+                _copy(parameter, tiles[name], adapting.stored.tensors[name])
+        else:
+            own = {name: held_tile(parameter, tiles[name]) for name, parameter in held.items()}
+            initialize_(part, config, 0.0, seed, own, only=own.keys())
+
+
+@torch.no_grad()
+def _copy(parameter: Tensor, tile: Tile, whole: Tensor) -> None:
+    part = part_of(parameter, tile)
+    if part.values.shape != local_of(parameter).shape:
+        local_of(parameter).zero_()
+    if part.values.numel():
+        part.values.copy_(whole[part.index()])
