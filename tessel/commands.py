@@ -81,6 +81,11 @@ def preprocess(argv: list[str]) -> None:
     cfg = _read(PreprocessConfig, argv, "preprocess", validate_preprocess, PREPROCESSING)
     if cfg is None:
         return
+    if cfg.preview is not None:
+        from tessel.data.instruct.preview import preview
+
+        preview(cfg)
+        return
     from tessel.data import preprocess as target
 
     target.preprocess(cfg)
@@ -141,6 +146,16 @@ def convert(argv: list[str]) -> None:
     from tessel.convert import convert as target
 
     target.convert(cfg)
+
+
+def merge(argv: list[str]) -> None:
+    """Put an adapter into its model, as a Hugging Face folder."""
+    cfg = _read(conversion.MergeConfig, argv, "merge")
+    if cfg is None:
+        return
+    from tessel.convert import convert as target
+
+    target.merge(cfg)
 
 
 def verify(argv: list[str]) -> None:
@@ -213,6 +228,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "templates": templates,
     "download": download,
     "convert": convert,
+    "merge": merge,
     "verify": verify,
     "doctor": doctor,
     "plan": plan,

@@ -10,6 +10,7 @@ from tessel.config.nearest import nearest
 from tessel.config.preprocess_rules import PRETRAIN_HANDLERS
 from tessel.data.encoding import RowEncoder
 from tessel.data.instruct.converters import AlpacaConverter, Converter, MessagesConverter
+from tessel.data.instruct.detect import with_handler
 from tessel.data.instruct.encoder import ENCODERS, InstructionEncoder
 from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns, alpaca_columns, message_columns
 from tessel.data.instruct.plain import PLAIN_PROMPTS, PlainPromptEncoder
@@ -56,12 +57,13 @@ HANDLERS = (*PRETRAIN_HANDLERS, *PLAIN_PROMPTS, *_TEMPLATED)
 def instruction_encoder(cfg: PreprocessConfig, tokenizer: Tokenizer) -> RowEncoder:
     """The encoder of --handler-name, with --prompt-type and what else shapes samples.
 
-    `cfg.handler_name` must be given; `detect.with_handler` fills it in.
+    Where none is named, the first row of the input decides.
 
     Raises:
         UsageError: no such handler (names the nearest), or flags that do not go together.
         TesselError: a template or a class of the user's is not what it should be.
     """
+    cfg = with_handler(cfg)
     name = cfg.handler_name or ""
     if name in PLAIN_PROMPTS:
         _refuse_template(cfg, name)

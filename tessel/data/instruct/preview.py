@@ -12,7 +12,7 @@ from tessel.data.instruct.detect import first_rows, with_handler
 from tessel.data.instruct.handlers import instruction_encoder
 from tessel.data.instruct.pieces import Pieces
 from tessel.data.instruct.shorten import IGNORED
-from tessel.data.tokenizer import Tokenizer
+from tessel.data.tokenizer import load_tokenizer
 from tessel.errors import TesselError
 from tessel.runtime.log import log
 
@@ -34,14 +34,15 @@ class Shown(NamedTuple):
     trained: list[bool]
 
 
-def preview(cfg: PreprocessConfig, tokenizer: Tokenizer) -> None:
+def preview(cfg: PreprocessConfig) -> None:
     """Print the first samples that `cfg` makes; nothing is written.
 
     Raises:
-        UsageError, TesselError: see `instruction_encoder` and `with_handler`.
+        UsageError, TesselError: see `load_tokenizer`, `instruction_encoder` and `with_handler`.
     """
     from rich.console import Console
 
+    tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = with_handler(cfg)
     encoder = instruction_encoder(cfg, tokenizer)
     vocabulary = encoder.vocabulary  # type: ignore[attr-defined]

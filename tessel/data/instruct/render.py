@@ -165,7 +165,7 @@ class SlotRenderer:
             sheet.add(answer, trained=not mask_history or i == len(turns) - 1)
             sheet.turn(first, middle)
             if template.efficient_eos and i and not options.train_on_prompt and not mask_history:
-                sheet.train_as_eos(first)
+                sheet.train_as_eos(first, middle)
         end: list[Piece] = []
         if template.efficient_eos and self.vocabulary.eos is not None:
             end.append(self.vocabulary.eos)
@@ -184,7 +184,7 @@ class _Sheet:
         self._index: dict[Piece, int] = {}
         self._keys: list[int] = []
         self._trained: list[bool] = []
-        self._as_eos: list[int] = []
+        self._as_eos: list[tuple[int, int]] = []
         self._turns: list[list[tuple[int, int, int]]] = []
         self._starts: list[int] = []
         self._follows: list[bool] = []
@@ -211,9 +211,9 @@ class _Sheet:
         """What was added since segment `first` is a turn, whose answer begins at `middle`."""
         self._turns[-1].append((first, middle, len(self._keys)))
 
-    def train_as_eos(self, segment: int) -> None:
-        """The first token from `segment` on is trained to be the end of sequence."""
-        self._as_eos.append(segment)
+    def train_as_eos(self, first: int, end: int) -> None:
+        """The first token of these segments is trained to be the end of sequence."""
+        self._as_eos.append((first, end))
 
     def end(self, pieces: Sequence[Piece]) -> None:
         """Close the dialogue with ids that no cut takes away."""
@@ -241,7 +241,7 @@ class _Sheet:
         if self._as_eos:
             at = offsets[np.array(self._as_eos)]
             # A question that was cut away whole has no first token.
-            labels[at[at < len(labels)]] = vocabulary.eos
+            labels[at[at[:, 0] < at[:, 1], 0]] = vocabulary.eos
         cuts = offsets[bounds].tolist()
         return [Rendered(ids[a:b], labels[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
