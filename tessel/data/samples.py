@@ -7,7 +7,8 @@ Shapes: L = sequence length; a sample draws L tokens, and one more for the last 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -16,11 +17,14 @@ import numpy as np
 
 from tessel.data.cache import IndexCache
 from tessel.data.indexed import IndexedDataset
+from tessel.data.shuffle import shuffle
 from tessel.errors import TesselError
 
 # The final epoch is shuffled apart when less than this share of it is needed.
 _SEPARATE_EPOCH_SHARE = 0.80
 NO_PAD = -1
+# Documents whose lengths are looked up at once when samples are laid out.
+_CHUNK_DOCUMENTS = 1 << 18
 
 
 class Sample(TypedDict):
@@ -103,15 +107,13 @@ def plan_epochs(tokens_per_epoch: int, num_samples: int | None, seq_length: int,
 
 def build_document_index(sequence_ids: np.ndarray, plan: EpochPlan, rng: np.random.RandomState) -> np.ndarray:
     """i32[epochs * sequences]: all epochs shuffled together, but the last where the plan says so."""
-    if not plan.separate_final_epoch:
-        index = np.tile(sequence_ids.astype(np.int32), plan.num_epochs)
-        rng.shuffle(index)
-        return index
-    first = np.tile(sequence_ids.astype(np.int32), plan.num_epochs - 1)
-    rng.shuffle(first)
-    last = sequence_ids.astype(np.int32)
-    rng.shuffle(last)
-    return np.concatenate((first, last))
+    index = np.empty(plan.num_epochs * len(sequence_ids), np.int32)
+    index.reshape(plan.num_epochs, -1)[:] = sequence_ids
+    num_together = len(index) - (len(sequence_ids) if plan.separate_final_epoch else 0)
+    shuffle(index[:num_together], rng)
+    if plan.separate_final_epoch:
+        shuffle(index[num_together:], rng)
+    return index
 
 
 def build_sample_index(
@@ -125,47 +127,91 @@ def build_sample_index(
     `lengths` holds the tokens of each sequence, by sequence id. drop_last=False keeps a last
     sample that the tokens do not fill; their number is then computed in float32, as there.
     """
-    document_lengths = np.take(lengths, document_index)
-    ends = np.cumsum(document_lengths, dtype=np.int64)
-    num_tokens = int(ends[-1]) if len(ends) else 0
-    usable = max(0, num_tokens - extra_tokens)
-    exact = -(-usable // seq_length)
-    # float32 may round up past what there is; then Megatron fails, and the exact number holds.
-    num_samples = (
-        usable // seq_length
-        if drop_last
-        else min(exact, int(np.ceil(np.float32(num_tokens - extra_tokens) / np.float32(seq_length))))
-    )
-    longest = int(document_lengths.max(initial=0))
-    dtype = np.int32 if max(len(document_index), longest) <= np.iinfo(np.int32).max else np.int64
+    num_tokens = sum(int(some.sum(dtype=np.int64)) for some in _lengths_in_order(lengths, document_index))
+    return _sample_index(lengths, document_index, num_tokens, seq_length, extra_tokens, drop_last)
+
+
+def _sample_index(
+    lengths: np.ndarray,
+    document_index: np.ndarray,
+    num_tokens: int,
+    seq_length: int,
+    extra_tokens: int,
+    drop_last: bool,
+) -> np.ndarray:
+    """`build_sample_index`, where the tokens of the whole `document_index` are known. By chunks, to bound memory."""
+    num_samples = count_samples(num_tokens, seq_length, extra_tokens, drop_last)
+    # Lengths are i32 themselves.
+    dtype = np.int32 if len(document_index) <= np.iinfo(np.int32).max else np.int64
     index = np.zeros((num_samples + 1, 2), dtype)
-    starts = np.arange(1, num_samples + 1, dtype=np.int64) * seq_length
-    positions = np.searchsorted(ends, starts + extra_tokens, side="left")
-    if num_samples and positions[-1] == len(ends):  # a last sample that runs out of tokens
-        positions[-1] = len(ends) - 1
-        starts[-1] = num_tokens - extra_tokens
-    index[1:, 0] = positions
-    index[1:, 1] = starts - (ends[positions] - document_lengths[positions])
+    num_placed, num_before, position = 1, 0, 0
+    for some in _lengths_in_order(lengths, document_index):
+        ends = np.cumsum(some, dtype=np.int64)
+        ends += num_before
+        num_before = int(ends[-1])
+        end = min(num_samples, (num_before - extra_tokens) // seq_length) + 1
+        if end > num_placed:
+            starts = np.arange(num_placed, end, dtype=np.int64) * seq_length
+            documents = np.searchsorted(ends, starts + extra_tokens, side="left")
+            index[num_placed:end, 0] = documents + position
+            index[num_placed:end, 1] = starts - (ends[documents] - some[documents])
+            num_placed = end
+        position += len(some)
+    if num_placed <= num_samples:  # a last sample that runs out of tokens
+        index[-1] = len(document_index) - 1, int(lengths[document_index[-1]]) - extra_tokens
     return index
+
+
+def count_samples(num_tokens: int, seq_length: int, extra_tokens: int, drop_last: bool) -> int:
+    """Samples that a stream of tokens holds, the last partial one included unless it is dropped."""
+    usable = max(0, num_tokens - extra_tokens)
+    if drop_last:
+        return usable // seq_length
+    # float32 may round up past what there is; then Megatron fails, and the exact number holds.
+    return min(-(-usable // seq_length), int(np.ceil(np.float32(usable) / np.float32(seq_length))))
+
+
+def _lengths_in_order(lengths: np.ndarray, document_index: np.ndarray) -> Iterator[np.ndarray]:
+    """The lengths of the documents in `document_index`, chunk after chunk; the next is gathered meanwhile."""
+    starts = range(0, len(document_index), _CHUNK_DOCUMENTS)
+
+    def gather(start: int) -> np.ndarray:
+        return lengths.take(document_index[start : start + _CHUNK_DOCUMENTS])
+
+    if len(starts) < 2:
+        yield from map(gather, starts)
+        return
+    with ThreadPoolExecutor(1, "index") as pool:
+        ahead = pool.submit(gather, starts[0])
+        for start in starts[1:]:
+            some, ahead = ahead.result(), pool.submit(gather, start)
+            yield some
+        yield ahead.result()
 
 
 def build_shuffle_index(num_samples: int, num_first: int, rng: np.random.RandomState) -> np.ndarray:
     """u32[n] (i64 past 2^32 - 2): [0, num_first) and [num_first, n), each shuffled in itself."""
     dtype = np.int64 if num_samples >= np.iinfo(np.uint32).max - 1 else np.uint32
     index = np.arange(num_samples, dtype=dtype)
-    rng.shuffle(index[:num_first])
+    shuffle(index[:num_first], rng)
     if num_first < num_samples:
-        rng.shuffle(index[num_first:])
+        shuffle(index[num_first:], rng)
     return index
 
 
 def build_indices(
-    lengths: np.ndarray, sequence_ids: np.ndarray, plan: EpochPlan, options: SampleOptions, drop_last: bool
+    lengths: np.ndarray,
+    sequence_ids: np.ndarray,
+    plan: EpochPlan,
+    options: SampleOptions,
+    drop_last: bool,
+    tokens_per_epoch: int,
 ) -> SampleIndex:
     """The index arrays of one dataset; one RandomState of the seed is drawn from in Megatron's order."""
     rng = np.random.RandomState(options.seed)
     document = build_document_index(sequence_ids, plan, rng)
-    sample = build_sample_index(lengths, document, options.seq_length, int(options.add_extra_token), drop_last)
+    num_tokens = plan.num_epochs * tokens_per_epoch
+    sample = _sample_index(lengths, document, num_tokens, options.seq_length, int(options.add_extra_token), drop_last)
     n = len(sample) - 1
     shuffle = build_shuffle_index(n, plan.num_samples_sans_final_epoch if plan.separate_final_epoch else n, rng)
     return SampleIndex(document, sample, shuffle)
@@ -219,7 +265,7 @@ class GPTDataset:
 
         def build() -> tuple[np.ndarray, ...]:
             # Index files are unaligned: copied once, the many reads that follow are faster.
-            return build_indices(np.array(lengths), sequence_ids, self.plan, config, drop_last)
+            return build_indices(np.array(lengths), sequence_ids, self.plan, config, drop_last, self.tokens_per_epoch)
 
         if cache is None:
             arrays = build()
