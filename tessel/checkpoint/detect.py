@@ -17,16 +17,19 @@ from tessel.errors import TesselError
 from tessel.runtime.files import require_path
 
 
-def format_of(folder: str | Path) -> Format | None:
-    """The format of a folder, by the files that are there; None if it is of none that is known."""
+def format_of(folder: str | Path, ckpt_step: int | None = None) -> Format | None:
+    """The format of a folder, by the files that are there; None if it is of none that is known.
+
+    Iterations may be in different ones: it is that of `ckpt_step`, or else of the one that the tracker names.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return None
     if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES):
         return "hf"
-    if run_checkpoint.saved_iterations(folder) or _is_run_iteration(folder):
-        return "torch_dcp"
-    for path in _iterations(folder):
+    for path in _iterations(folder, ckpt_step):
+        if run_checkpoint.is_dcp(path) and run_checkpoint.iteration_of(path.absolute()) is not None:
+            return "torch_dcp"
         if (path / "metadata.json").is_file() or ((path / ".metadata").is_file() and (path / "common.pt").is_file()):
             return "torch_dist"
         ranks = rank_folders(path)
@@ -35,9 +38,9 @@ def format_of(folder: str | Path) -> Format | None:
     return None
 
 
-def _iterations(folder: Path) -> list[Path]:
-    """Where the files of a Megatron checkpoint may be: the iteration that the tracker names first."""
-    named: list[Path] = []
+def _iterations(folder: Path, ckpt_step: int | None) -> list[Path]:
+    """Where the files of a checkpoint may be: the iteration that is asked for, or that the tracker names, first."""
+    named: list[Path] = [] if ckpt_step is None else [folder / iteration_name(ckpt_step)]
     tracker = folder / TRACKER
     if tracker.is_file():
         text = tracker.read_bytes()[:100].decode("ascii", "replace").strip()
@@ -53,10 +56,6 @@ def _has_legacy_names(rank: Path) -> bool:
     return isinstance(model, dict) and "language_model" in model
 
 
-def _is_run_iteration(folder: Path) -> bool:
-    return run_checkpoint.iteration_of(folder.absolute()) in run_checkpoint.saved_iterations(folder.absolute().parent)
-
-
 def open_model(folder: str | Path, *, ckpt_step: int | None = None, hf_dir: str | Path | None = None) -> StoredModel:
     """The model in a folder of any format, none of its tensors read.
 
@@ -67,7 +66,7 @@ def open_model(folder: str | Path, *, ckpt_step: int | None = None, hf_dir: str 
         TesselError: there is none; it says what was looked for. Or what the format's reader refuses.
     """
     folder = require_path(folder, "checkpoint")
-    kind = format_of(folder)
+    kind = format_of(folder, ckpt_step)
     if kind == "hf":
         if ckpt_step is not None:
             raise TesselError(f"--ckpt-step {ckpt_step}: {folder} is a Hugging Face folder, which has no iterations.")

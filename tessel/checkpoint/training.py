@@ -44,6 +44,8 @@ RNG_FILE = "rng.pt"
 HF_FOLDER = "huggingface"
 # The trained model, ready for `from_pretrained`, beside the checkpoints.
 EXPORT_FOLDER = "hf"
+# Beside run.json where a run was saved in Megatron's torch_dist (run_formats.py).
+_TORCH_DIST_FILE = "metadata.json"
 STATE_KEYS = ("iteration", "consumed_train_samples", "scheduler", "scaler", "identity")
 # Under this key rng.pt has the state of each process, by rank; that of one process alone lies at the top.
 _BY_RANK = "by_rank"
@@ -64,15 +66,22 @@ def iteration_of(path: Path) -> int | None:
 
 
 def saved_iterations(folder: Path) -> list[int]:
-    """The iterations that have a whole checkpoint of this kind in `folder`, rising."""
+    """The iterations of a run that have a whole checkpoint in `folder`, in whatever format, rising."""
     if not folder.is_dir():
         return []
     found = []
     for entry in folder.iterdir():
         iteration = iteration_of(entry)
-        if iteration is not None and (entry / STATE_FILE).is_file() and (entry / ".metadata").is_file():
+        has_tensors = (entry / ".metadata").is_file() or any(entry.glob("mp_rank_*"))
+        if iteration is not None and (entry / STATE_FILE).is_file() and has_tensors:
             found.append(iteration)
     return sorted(found)
+
+
+def is_dcp(checkpoint: Path) -> bool:
+    """Whether the checkpoint of an iteration is one of a run in this module's format: not one of Megatron's."""
+    files = (STATE_FILE, ".metadata")
+    return all((checkpoint / name).is_file() for name in files) and not (checkpoint / _TORCH_DIST_FILE).is_file()
 
 
 def latest_iteration(folder: Path) -> int | None:
@@ -167,10 +176,10 @@ def _move_tracker(folder: Path, iteration: int, keep_last_k: int | None) -> None
     with atomic_write(folder / TRACKER) as temporary:
         temporary.write_text(f"{iteration}\n")
     if keep_last_k is not None:
-        _prune(folder, keep_last_k, iteration)
+        prune(folder, keep_last_k, iteration)
 
 
-def _prune(folder: Path, keep_last_k: int, newest: int) -> None:
+def prune(folder: Path, keep_last_k: int, newest: int) -> None:
     """Drop all but the last `keep_last_k` checkpoints up to `newest`, the one just written."""
     old = [i for i in saved_iterations(folder) if i <= newest][:-keep_last_k]
     for iteration in old:
@@ -183,7 +192,7 @@ def clear_unfinished(folder: Path, team: Team | None = None) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for pattern in (".iter_*", ".hf*"):
+    for pattern in (".iter_*", ".hf*", "torch/.iter_*", "torch_dist/.iter_*"):
         for entry in folder.glob(pattern):
             if entry.is_dir() and entry.name.endswith((".tmp", ".old")):
                 shutil.rmtree(entry)

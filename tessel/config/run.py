@@ -266,7 +266,13 @@ class Checkpoint:
     no_resume: bool = option(False, "start anew although --save holds a checkpoint of this run")
     override: bool = option(False, "resume although model or data contradict the checkpoint")
     exit_on_missing_checkpoint: bool = option(False, "accepted: a --load without weights is always an error here")
-    ckpt_format: str | None = option(None, "format of the run's checkpoints", choices=("torch_dcp",))
+    ckpt_format: tuple[str, ...] | None = option(
+        None,
+        "formats of the run's checkpoints: hf, torch, torch_dist, or torch_dcp, the default",
+        metavar="NAME",
+        nargs="+",
+        choices=("hf", "torch", "torch_dist", "torch_dcp"),
+    )
 
 
 @dataclass(frozen=True)

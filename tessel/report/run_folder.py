@@ -35,7 +35,7 @@ def run_report(folder: Path, list_tensors: bool = False, ckpt_step: int | None =
     """
     # It imports torch, which --help has no need of.
     from tessel.checkpoint import training as run_checkpoint
-    from tessel.checkpoint.run_model import open_run
+    from tessel.checkpoint.detect import open_model
     from tessel.checkpoint.stored import degrees_text
 
     iterations = run_checkpoint.saved_iterations(folder)
@@ -60,7 +60,7 @@ def run_report(folder: Path, list_tensors: bool = False, ckpt_step: int | None =
         facts.append(("samples so far", f"{state.get('consumed_train_samples'):,}"))
     tail = []
     if latest is not None and _has_model(run_checkpoint.iteration_folder(folder, latest)):
-        stored = open_run(folder, latest)
+        stored = open_model(folder, ckpt_step=latest)
         data["checkpoint"] = values = model_values(stored)
         parameters = f"{count_text(values['parameters'])} in {values['tensors']} tensors, {', '.join(values['dtypes'])}"
         facts += [

@@ -176,6 +176,12 @@ def num_zeros(gradients: Sequence[Tensor]) -> float:
     return float(sum(int(count) for count in counts))
 
 
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What a checkpoint says of each group for other suites, as plain numbers."""
+    keys = ("wd_mult", "is_decoupled_lr", "max_lr", "min_lr", "lr", "weight_decay", "betas", "eps")
+    return [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
+
+
 def _named_state(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, dict[str, Any], str]]:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):

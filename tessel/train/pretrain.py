@@ -34,6 +34,7 @@ from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
 from tessel.train.checks import check_layout, check_model_of_run
 from tessel.train.evaluation import Evaluator
 from tessel.train.flops import flops_per_token
+from tessel.train.formats import check_formats, formats_of
 from tessel.train.identity import check_same_run, model_differences, run_identity
 from tessel.train.learner import Learner
 from tessel.train.metrics import TrainingLog, tensorboard_tags_off
@@ -95,6 +96,7 @@ def _find(cfg: RunConfig, given: frozenset[str], world: World) -> _Found:
     model_config = model_config.with_router_options(cfg.experts, given)
     _check_length(cfg, model_config)
     topology = check_layout(cfg, model_config, world.world_size)
+    check_formats(cfg, model_config)
     tokenizer = load_tokenizer(cfg.tokenizer, source.model_folder, cfg.model.vocab_size)
     check_fits(tokenizer, model_config.vocab_size)
     return _Found(source, model_config, topology, tokenizer)
@@ -174,7 +176,8 @@ class _Run:
     def _read_saved_state(self) -> dict[str, Any] | None:
         """The state of the checkpoint that the run goes on from; refused if it is of another run."""
         source = self._source
-        if source.stored is not None:
+        if source.kind is Kind.FOREIGN:
+            assert source.stored is not None
             return self._foreign_state(source.stored)
         if source.kind not in (Kind.RESUME, Kind.RUN):
             return None
@@ -191,7 +194,7 @@ class _Run:
                 warn_once(f"--override: {difference}")
         if source.kind is Kind.RUN and flags.finetune:
             return None
-        if self._restores_optimizer and not run_checkpoint.holds_optimizer(source.folder, source.iteration):
+        if self._restores_optimizer and not source.holds_optimizer():
             raise TesselError(
                 f"{run_checkpoint.iteration_folder(source.folder, source.iteration)} was saved without the "
                 "optimizer's state (--no-save-optim). Pass --no-load-optim to go on with a fresh optimizer."
@@ -316,6 +319,7 @@ class _Run:
             self._device,
             resumed.iteration if resumed is not None else None,
             self._source.model_folder,
+            formats_of(self._cfg, self._model_config),
             self._team,
             self._background_team,
         )
@@ -342,7 +346,7 @@ class _Run:
             if self._learner.scaler is not None and state["scaler"]:
                 self._learner.scaler.load_state_dict(state["scaler"])
         rng = None
-        if not flags.no_load_rng and source.stored is None:
+        if not flags.no_load_rng and source.kind is not Kind.FOREIGN:
             same = state.get("layout", self._layout) == self._layout
             rng = run_checkpoint.read_rng(source.folder, source.iteration, self._team.rank, same)
         if rng is not None:

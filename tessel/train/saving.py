@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessel.checkpoint import huggingface
+from tessel.checkpoint import huggingface, run_formats
 from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.gather import write_whole
+from tessel.checkpoint.run_formats import HUGGING_FACE, OWN, Formats
+from tessel.checkpoint.stored import Target
 from tessel.checkpoint.tiles import tiled
 from tessel.config.run import Checkpoint
 from tessel.model.config import ModelConfig
@@ -23,9 +25,8 @@ from tessel.runtime.team import Team
 from tessel.runtime.watchdog import unlimited
 from tessel.train import metrics
 from tessel.train.learner import Learner
+from tessel.train.optimizer import group_numbers
 from tessel.train.schedule import Scheduler
-
-FORMAT = "torch_dcp"
 
 
 class RunSaver:
@@ -46,6 +47,7 @@ class RunSaver:
         device: torch.device,
         resumed_iteration: int | None,
         model_source: Path | None = None,
+        formats: Formats | None = None,
         team: Team | None = None,
         background_team: Team | None = None,
     ) -> None:
@@ -59,6 +61,7 @@ class RunSaver:
         self._has_tokenizer = tokenizer_source is not None
         self._description = dict(description)
         self._device = device
+        self._formats = formats or Formats((OWN,), Target(), not checkpoint.no_save_optim, checkpoint.keep_last_k)
         self._saved_iteration = resumed_iteration
         self._team = team or Team()
         self._background_team = background_team or Team()
@@ -72,6 +75,8 @@ class RunSaver:
         """Save what is due after this iteration."""
         if self._flags.save_interval and iteration % self._flags.save_interval == 0:
             self._save(iteration, consumed_samples)
+        if iteration == self._saved_iteration and HUGGING_FACE in self._formats.names:
+            return  # it is there, or on its way
         if self._folder is not None and self._flags.save_hf_interval and iteration % self._flags.save_hf_interval == 0:
             self.export(self._folder / f"hf_{iteration:07d}")
 
@@ -90,7 +95,7 @@ class RunSaver:
         self.wait()
         if self._folder is None or self._saved_iteration is None:
             return None
-        return run_checkpoint.iteration_folder(self._folder, self._saved_iteration)
+        return self._formats.place(self._formats.first or HUGGING_FACE, self._folder, self._saved_iteration)
 
     def _save(self, iteration: int, consumed_samples: int) -> None:
         folder = self._folder
@@ -101,22 +106,28 @@ class RunSaver:
         rng = None if self._flags.no_save_rng else random_state.get_state(self._device)
         tensors = tiled(self._learner.tensors(with_optimizer=not self._flags.no_save_optim), self._learner.tiles)
         config = self._learner.balance.config_now(self._model_config)
-        log(metrics.saving_line(iteration, folder, FORMAT))
+        for name in self._formats.names:
+            root = self._formats.place(name, folder, iteration)
+            log(metrics.saving_line(iteration, root if name == HUGGING_FACE else root.parent, name))
+        topology = self._learner.peers.topology
+
+        def say(name: str, path: Path) -> None:
+            root = path if name == HUGGING_FACE else path.parent
+            log(metrics.saved_line(iteration, root, topology.tp, topology.pp))
 
         def write(team: Team, on_copied: Callable[[], None] | None) -> None:
-            run_checkpoint.save(
+            run_formats.save(
+                self._formats,
                 folder,
                 iteration,
                 tensors,
                 state,
                 rng,
                 lambda target: self._write_hf_metadata(target, config),
-                self._flags.keep_last_k,
                 team,
                 on_copied,
+                say,
             )
-            topology = self._learner.peers.topology
-            log(metrics.saved_line(iteration, folder, topology.tp, topology.pp))
 
         with unlimited("saving a checkpoint"):
             if self._flags.async_save:
@@ -134,6 +145,7 @@ class RunSaver:
             "consumed_train_samples": consumed_samples,
             "scheduler": self._scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
+            "param_groups": group_numbers(self._learner.optimizer),
         }
 
     def _write_hf_metadata(self, folder: Path, config: ModelConfig) -> None:

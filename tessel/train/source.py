@@ -35,7 +35,8 @@ class Kind(Enum):
 class Source:
     """`folder` holds the weights (none for RANDOM), `model_folder` config.json and tokenizer, if any.
 
-    `stored`: the model of a FOREIGN checkpoint, which need not have a `model_folder`.
+    `stored`: the model of a FOREIGN checkpoint, which need not have a `model_folder`, or of a run that was saved in
+    one of Megatron's formats.
     """
 
     kind: Kind
@@ -43,6 +44,13 @@ class Source:
     iteration: int | None
     model_folder: Path | None
     stored: StoredModel | None = field(default=None, repr=False, compare=False)
+
+    def holds_optimizer(self) -> bool:
+        """Whether the checkpoint of a run has the optimizer's state."""
+        if self.stored is not None:
+            return bool(self.stored.optimizer)
+        assert self.folder is not None and self.iteration is not None
+        return run_checkpoint.holds_optimizer(self.folder, self.iteration)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -55,7 +63,8 @@ class Source:
             return f"starting from the run in {self.folder}, iteration {self.iteration}"
         if self.kind is Kind.HUGGINGFACE:
             return f"starting from the Hugging Face weights in {self.folder}"
-        if self.stored is not None:
+        if self.kind is Kind.FOREIGN:
+            assert self.stored is not None
             words = [degrees_text(self.stored.degrees) or "one rank"]
             words.append("a release" if self.iteration is None else f"iteration {self.iteration}")
             return f"starting from the {self.stored.format} checkpoint in {self.folder}, {', '.join(words)}"
@@ -185,8 +194,9 @@ def _run(kind: Kind, folder: Path, wanted: int | None) -> Source:
                 f"--ckpt-step {wanted}: {folder} has no checkpoint of that iteration; "
                 f"it has {', '.join(str(i) for i in saved)}."
             )
-    metadata = run_checkpoint.iteration_folder(folder, iteration) / run_checkpoint.HF_FOLDER
-    return Source(kind, folder, iteration, metadata)
+    path = run_checkpoint.iteration_folder(folder, iteration)
+    stored = None if run_checkpoint.is_dcp(path) else open_model(path)
+    return Source(kind, folder, iteration, path / run_checkpoint.HF_FOLDER, stored)
 
 
 def _no_weights(load: Path) -> str:
