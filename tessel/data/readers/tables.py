@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tessel.data.readers.block import Block, Blocks, Damage, report
 from tessel.data.rows import BadRow, Row
 
 if TYPE_CHECKING:
     import pyarrow
+
+    # And the bytes of the file that each stands for.
+    Batches = Iterator[tuple[pyarrow.RecordBatch, int]]
 
 # Few enough that a row group of long texts among short ones fits into memory.
 _MAX_BATCH_ROWS = 8192
@@ -49,38 +52,24 @@ def table_columns(path: str, kind: str) -> list[str]:
 
 
 def parquet_blocks(path: str, columns: Sequence[str] | None, block_bytes: int) -> Blocks:
-    """Blocks of rows, of one row group each.
+    """Blocks of rows.
 
     Raises:
         Damage: the file, or a page of it, cannot be read.
     """
     import pyarrow.parquet as parquet
 
-    row = 1
-    size_bytes = os.path.getsize(path)
-    try:
-        # A row group's columns are read in pieces; whole ones may be gigabytes.
+    def batches() -> Batches:
+        # Columns are read in pieces; those of a row group may be gigabytes.
         with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, page_checksum_verification=True) as file:
-            metadata = file.metadata
-            num_rows = max(metadata.num_rows, 1)
             wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
-            for group in range(metadata.num_row_groups):
-                batch_rows = _batch_rows(metadata.row_group(group), wanted, block_bytes)
-                for batch in file.iter_batches(batch_rows, [group], wanted, use_threads=False):
-                    share = size_bytes * batch.num_rows // num_rows
-                    yield from _blocks(path, row, batch, share, block_bytes)
-                    row += batch.num_rows
-    except _errors() as error:
-        raise Damage(row, _reason(error, "parquet")) from error
+            # Nothing is asked of the row groups: for damaged ones pyarrow may end the process.
+            row_bytes = os.path.getsize(path) / max(file.metadata.num_rows, 1)
+            batch_rows = max(1, min(int(block_bytes / row_bytes), _MAX_BATCH_ROWS))
+            for batch in file.iter_batches(batch_rows, columns=wanted, use_threads=False):
+                yield batch, int(batch.num_rows * row_bytes)
 
-
-def _batch_rows(group: Any, wanted: Sequence[str] | None, block_bytes: int) -> int:
-    num_bytes = 0
-    for i in range(group.num_columns):
-        column = group.column(i)
-        if wanted is None or column.path_in_schema.split(".")[0] in wanted:
-            num_bytes += column.total_uncompressed_size
-    return max(1, min(_MAX_BATCH_ROWS, block_bytes * group.num_rows // max(num_bytes, 1)))
+    return _blocks(path, batches(), "parquet", block_bytes)
 
 
 def arrow_blocks(path: str, columns: Sequence[str] | None, block_bytes: int) -> Blocks:
@@ -89,20 +78,16 @@ def arrow_blocks(path: str, columns: Sequence[str] | None, block_bytes: int) -> 
     Raises:
         Damage: the file, or a batch of it, cannot be read.
     """
-    row = 1
-    size_bytes = os.path.getsize(path)
-    try:
-        with _open_arrow(path) as (schema, batches):
+
+    def batches() -> Batches:
+        with _open_arrow(path) as (schema, all_batches):
             wanted = None if columns is None else [name for name in schema.names if name in columns]
-            for batch in batches:
-                share = min(batch.nbytes, size_bytes)
-                if wanted is not None:
-                    batch = batch.select(wanted)
+            for batch in all_batches:
                 _validate(batch)
-                yield from _blocks(path, row, batch, share, block_bytes)
-                row += batch.num_rows
-    except _errors() as error:
-        raise Damage(row, _reason(error, "arrow")) from error
+                num_bytes = min(batch.nbytes, os.path.getsize(path))
+                yield batch if wanted is None else batch.select(wanted), num_bytes
+
+    return _blocks(path, batches(), "arrow", block_bytes)
 
 
 class _open_arrow:
@@ -146,47 +131,88 @@ def _validate(batch: pyarrow.RecordBatch) -> None:
                 raise
 
 
-def _blocks(path: str, row: int, batch: pyarrow.RecordBatch, num_bytes: int, block_bytes: int) -> Blocks:
-    """A batch as blocks; several where it is much larger than a block."""
-    num_parts = max(1, min(batch.num_rows, batch.nbytes // (2 * block_bytes)))
-    part_rows = -(-batch.num_rows // num_parts)
-    for begin in range(0, batch.num_rows, max(part_rows, 1)):
-        part = batch.slice(begin, part_rows)
-        share = num_bytes * part.num_rows // batch.num_rows
-        yield Block(path, row + begin, _to_bytes(part), "table", num_bytes=share)
+def _blocks(path: str, batches: Batches, kind: str, block_bytes: int) -> Blocks:
+    """Small batches joined, large ones parted.
+
+    Raises:
+        Damage: a batch cannot be read.
+    """
+    held = _Held(path)
+    try:
+        for batch, num_bytes in batches:
+            num_parts = max(1, min(batch.num_rows, batch.nbytes // (2 * block_bytes)))
+            part_rows = max(1, -(-batch.num_rows // num_parts))
+            for begin in range(0, batch.num_rows, part_rows):
+                part = batch.slice(begin, part_rows)
+                held.add(part, num_bytes * part.num_rows // batch.num_rows)
+                if held.size >= block_bytes:
+                    yield held.block()
+    except _errors() as error:
+        if held.batches:
+            yield held.block()
+        raise Damage(held.row, _reason(error, kind)) from error
+    if held.batches:
+        yield held.block()
 
 
-def _to_bytes(batch: pyarrow.RecordBatch) -> bytes:
-    import pyarrow
-    from pyarrow import ipc
+class _Held:
+    """Batches that will be the next block."""
 
-    batch = batch.replace_schema_metadata(None)
-    sink = pyarrow.BufferOutputStream()
-    with ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.row = 1  # its first
+        self._clear()
+
+    def _clear(self) -> None:
+        self.batches: list[pyarrow.RecordBatch] = []
+        self.size = 0
+        self._num_bytes = 0
+
+    def add(self, batch: pyarrow.RecordBatch, num_bytes: int) -> None:
+        self.batches.append(batch)
+        self.size += batch.nbytes
+        self._num_bytes += num_bytes
+
+    def block(self) -> Block:
+        import pyarrow
+        from pyarrow import ipc
+
+        sink = pyarrow.BufferOutputStream()
+        with ipc.new_stream(sink, self.batches[0].schema.remove_metadata()) as writer:
+            for batch in self.batches:
+                writer.write_batch(batch.replace_schema_metadata(None))
+        block = Block(self._path, self.row, sink.getvalue().to_pybytes(), "table", num_bytes=self._num_bytes)
+        self.row += sum(batch.num_rows for batch in self.batches)
+        self._clear()
+        return block
 
 
 def parse_table(block: Block, bad: list[BadRow] | None) -> list[Row]:
     """The rows of a block, as Python's values."""
     from pyarrow import ipc
 
+    rows: list[Row] = []
+    first = block.first_line
     with ipc.open_stream(block.data) as stream:
-        batch = stream.read_next_batch()
-    try:
-        return _rows(batch, block.first_line)
-    except _errors():
-        pass
-    rows = []
+        for batch in stream:
+            try:
+                rows.extend(_rows(batch, first))
+            except _errors():
+                rows.extend(_rows_singly(block, batch, first, bad))
+            first += batch.num_rows
+    return rows
+
+
+def _rows_singly(block: Block, batch: pyarrow.RecordBatch, first: int, bad: list[BadRow] | None) -> list[Row]:
+    rows: list[Row] = []
     for i in range(batch.num_rows):
         try:
-            rows.extend(_rows(batch.slice(i, 1), block.first_line + i))
+            rows.extend(_rows(batch.slice(i, 1), first + i))
         except UnicodeDecodeError as error:
             reason = f"not UTF-8 ({error.reason} at byte 0x{error.object[error.start]:02x})."
-            report(block, block.first_line + i, f"{reason} Write the file again, its texts in UTF-8.", bad)
+            report(block, first + i, f"{reason} Write the file again, its texts in UTF-8.", bad)
         except _errors() as error:
-            report(block, block.first_line + i, f"a value has no counterpart in Python ({_first_line(error)}).", bad)
+            report(block, first + i, f"a value has no counterpart in Python ({_first_line(error)}).", bad)
     return rows
 
 
