@@ -184,9 +184,9 @@ class _Builder:
     def _segments(self, fields: Fields) -> str:
         """How the samples of a pack are told apart; see `DialogueOptions`."""
         ids = fields["input_ids"]
-        noted = (read_metadata(ids.prefix) or {}).get("pack")
-        if isinstance(noted, dict) and noted.get("mode") == "best":
-            return "stored"
+        noted = read_metadata(ids.prefix) or {}
+        if noted.get("pack") and noted.get("compatible") != "mindspeed":
+            return "stored"  # packs of tessel's own always say what is whose
         if self._cfg.data.reset_attention_mask:
             return "stored" if self._wanted.neat_pack else "eos"
         packed = self._wanted.pack or (len(ids) > 1 and int(ids.lengths.min()) == int(ids.lengths.max()) > 1)
