@@ -81,7 +81,7 @@ def parse_map_keys(text: str | None, allowed: tuple[str, ...]) -> dict[str, Any]
 
 def _check_key(key: str, allowed: tuple[str, ...]) -> None:
     if key not in allowed:
-        close = nearest(key, allowed, similarity=0.5)
+        close = nearest(key, allowed)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Known are {', '.join(allowed)}."
         raise UsageError(f"--map-keys: {key!r} is not a key of this format. {hint}")
 
