@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow
 import pytest
 from pyarrow import ipc, parquet
 
-from tessel.data.readers import check_inputs, parse_rows, read_blocks
+from tessel.data.readers import check_inputs, parse_rows, read_blocks, stream
 from tessel.data.readers.array import Scanner
 from tessel.data.readers.csv_rows import _last_record
 from tessel.data.rows import BadRow, Row, why_no_text
@@ -238,6 +239,37 @@ def test_hugging_face_lists_of_rows(tmp_path: Path) -> None:
     assert parse_rows(block, None, lists=True) == [(1, {"": [{"q": 1}, {"q": 2}]}), (2, {"q": 3})]
     with pytest.raises(TesselError, match="line 1: a list, where an object is expected"):
         parse_rows(block)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    row = {"text": 'some "quoted" words\n' * 40, "n": [1, {"a": "b"}]}
+    peaks: dict[str, list[int]] = {}
+    for num_rows in (500, 3_000):
+        rows = [row] * num_rows
+        for path in (
+            write(tmp_path / "a.json", json.dumps(rows)),
+            write_compressed(tmp_path / "a.jsonl.gz", "".join(json.dumps(row) + "\n" for row in rows)),
+            write_csv(tmp_path / "a.csv", rows),
+        ):
+            tracemalloc.start()
+            count = sum(len(parse_rows(block)) for block in read_blocks(path, 1 << 16))
+            peaks.setdefault(path.name, []).append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            assert count == num_rows
+    assert all(larger < 1.1 * smaller for smaller, larger in peaks.values()), peaks
+
+
+def test_a_row_that_no_memory_should_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "MAX_ROW_BYTES", 1 << 20)
+    long = "x" * (3 << 20)
+    for path in (
+        write(tmp_path / "a.jsonl", f'{GOOD}\n{{"text": "{long}'),
+        write(tmp_path / "a.json", f'[{GOOD}, {{"text": "{long}'),
+        write(tmp_path / "a.csv", f'text\n"{long}'),
+        write_compressed(tmp_path / "a.txt.zst", f"short\n{long}"),
+    ):
+        with pytest.raises(TesselError, match=r"(line|row) 2: longer than 1 MiB, which no document should be"):
+            rows_of(path, block_bytes=1 << 16)
 
 
 GOOD = '{"text": "fine"}'

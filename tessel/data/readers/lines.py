@@ -206,7 +206,7 @@ def _expected(path: str) -> str:
     form = format_of(path)
     if form is not None and form.kind == "json":
         return "A .json file holds one array of objects, or one object a line."
-    return "Each line must be one JSON object."
+    return "Each line must be one JSON object; an array of objects belongs into a .json."
 
 
 def _excerpt(line: str) -> str:
