@@ -170,11 +170,6 @@ INSTEAD: dict[str, str] = {
     "--max-length": "use --seq-length, or --max-new-tokens in generate",
     "--rotary-seq-len-interpolation-factor": "use --rope-scaling-type linear --rope-scaling-factor N",
     "--pretrained-checkpoint": "use --load DIR --finetune",
-    "--vocab-file": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
-    "--merge-file": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
-    "--tiktoken-pattern": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
-    "--tiktoken-num-special-tokens": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
-    "--tiktoken-special-tokens": "use --tokenizer-name-or-path with a Hugging Face tokenizer folder",
     "--mock-data": "give --data-path any text file instead",
     "--moe-tp-extend-ep": "use --expert-tensor-parallel-size 1 and a larger --expert-model-parallel-size",
     "--moe-extended-tp": "use --expert-tensor-parallel-size",
@@ -228,7 +223,7 @@ LATER: dict[str, str] = {
         "--multiple-validation-sets --phase-transition-iterations --per-dataset-sequences-path "
         "--validation-set-names --record-memory-history --freeze-all-layers --no-weight-decay-cond-type "
         "--verify-integrity --gpu-sniff-test-interval --throughput-window-size --override-ckpt-iteration "
-        "--special-tokens --load-main-params-from-ckpt --memory-snapshot-path"
+        "--load-main-params-from-ckpt --memory-snapshot-path"
     )),
     **_later("other formats of checkpoints", (
         "--ckpt-convert-format --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format --replication "
@@ -262,7 +257,7 @@ LATER: dict[str, str] = {
 
 LATER_FAMILIES: tuple[tuple[str, str], ...] = (
     ("--moe-", "this part of a mixture of experts"),
-    ("--lora-", "LoRA"),
+    ("--lora-", "this part of LoRA"),
     ("--lu-lora-", "LoRA"),
     ("--fp8-", "fp8 training (use --bf16)"),
     ("--fp4-", "fp4 training (use --bf16)"),
