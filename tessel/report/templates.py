@@ -10,7 +10,7 @@ from tessel.runtime.log import log
 if TYPE_CHECKING:
     from tessel.config.templates import TemplatesConfig
     from tessel.data.instruct.check import Comparison
-    from tessel.data.instruct.render import Renderer
+    from tessel.data.instruct.rendering import Renderer
     from tessel.data.instruct.templates import Template
 
 _ORIGINS = {
@@ -99,7 +99,8 @@ def _plain(value: Any) -> Any:
 def _check(cfg: TemplatesConfig) -> bool:
     from tessel.config.run import Tokenizer
     from tessel.data.instruct.chat import ChatRenderer
-    from tessel.data.instruct.render import RenderOptions, renderer_for
+    from tessel.data.instruct.render import renderer_for
+    from tessel.data.instruct.rendering import RenderOptions
     from tessel.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Tokenizer(tokenizer_name_or_path=cfg.check))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tessel.data.instruct.dialogue import ANSWERING, FUNCTION, OBSERVATION, Dialogue, Example, Message
-from tessel.data.instruct.render import Rendered, RenderOptions
+from tessel.data.instruct.rendering import Rendered, RenderOptions
 from tessel.data.instruct.shorten import IGNORED
 from tessel.data.instruct.tools import parse_calls, parse_tools
 from tessel.data.instruct.vocabulary import Vocabulary, hf_of, plain_vocabulary

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from tessel.data.instruct.chat import ChatRenderer
 from tessel.data.instruct.dialogue import ASSISTANT, FUNCTION, OBSERVATION, USER, Dialogue, Message
 from tessel.data.instruct.pieces import Pieces
-from tessel.data.instruct.render import Renderer
+from tessel.data.instruct.rendering import Renderer
 from tessel.errors import TesselError
 
 _TOOLS = (

@@ -11,7 +11,7 @@ from tessel.data.instruct.shorten import shares_of
 from tessel.data.instruct.templates import MODERN, REASONING, Template
 
 if TYPE_CHECKING:
-    from tessel.data.instruct.render import RenderOptions
+    from tessel.data.instruct.rendering import RenderOptions
 
 Turn = tuple[int, int, int]
 """First segment of a question, first of its answer, and the end."""

@@ -10,7 +10,7 @@ import numpy as np
 from tessel.data.encoding import Encoded, RowError
 from tessel.data.instruct.converters import Converter, Dropped
 from tessel.data.instruct.dialogue import Example, Message
-from tessel.data.instruct.render import Rendered, Renderer
+from tessel.data.instruct.rendering import Rendered, Renderer
 from tessel.data.instruct.vocabulary import Vocabulary
 from tessel.data.rows import BadRow, Row
 from tessel.errors import TesselError

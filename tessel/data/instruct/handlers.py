@@ -14,7 +14,8 @@ from tessel.data.instruct.detect import with_handler
 from tessel.data.instruct.encoder import ENCODERS, InstructionEncoder
 from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns, alpaca_columns, message_columns
 from tessel.data.instruct.plain import PLAIN_PROMPTS, PlainPromptEncoder
-from tessel.data.instruct.render import NO_LIMIT, RenderOptions, renderer_for
+from tessel.data.instruct.render import renderer_for
+from tessel.data.instruct.rendering import NO_LIMIT, RenderOptions
 from tessel.data.instruct.vocabulary import plain_vocabulary
 from tessel.data.tokenizer import Tokenizer
 from tessel.errors import UsageError

@@ -26,7 +26,7 @@ from tessel.data.instruct.converters import Dropped, MessagesConverter
 from tessel.data.instruct.dialogue import Example
 from tessel.data.instruct.encoder import InstructionEncoder
 from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns
-from tessel.data.instruct.render import Rendered
+from tessel.data.instruct.rendering import Rendered
 from tessel.data.instruct.shorten import IGNORED
 from tessel.data.instruct.vocabulary import Vocabulary, hf_of, plain_vocabulary
 from tessel.data.rows import Row

@@ -6,69 +6,18 @@ Labels are the ids that are trained and -100 elsewhere, aligned with the ids (th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tessel.data.instruct.chat import ChatRenderer
 from tessel.data.instruct.cuts import cut_turns
 from tessel.data.instruct.dialogue import ANSWERING, Dialogue, Example
+from tessel.data.instruct.rendering import Rendered, Renderer, RenderOptions
 from tessel.data.instruct.shorten import IGNORED
 from tessel.data.instruct.slots import Layout, Piece, has_thought, without_thoughts
 from tessel.data.instruct.templates import HF, REASONING, Template, find_template
 from tessel.data.instruct.vocabulary import Vocabulary, vocabulary_for
 from tessel.data.tokenizer import Tokenizer
-
-NO_LIMIT = 100_000
-"""Tokens at which MindSpeed-LLM cuts a dialogue without --seq-length."""
-
-
-class Rendered(NamedTuple):
-    """One dialogue: ids i32[N], labels i32[N], -100 where a token is not trained."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class RenderOptions:
-    """What the command line says about rendering.
-
-    Attributes:
-        max_tokens: turns are cut to fit; None leaves them whole.
-        append_eod: end with the vocabulary's eod, trained.
-        thinking: None leaves the answers as they are, False takes their thoughts out, True trains empty ones.
-        drop_thinking: take the thoughts out of all answers but the last.
-        effort: of reasoning, for chat templates.
-    """
-
-    max_tokens: int | None = None
-    append_eod: bool = False
-    train_on_prompt: bool = False
-    mask_history: bool = False
-    thinking: bool | None = None
-    drop_thinking: bool = False
-    effort: str | None = None
-
-
-class Renderer(Protocol):
-    """What the encoders, the preview, chat and serving know of a prompt type. Can be pickled."""
-
-    @property
-    def vocabulary(self) -> Vocabulary: ...
-
-    def dialogues(self, dialogues: Sequence[Dialogue]) -> list[Rendered]:
-        """Each dialogue as it is trained.
-
-        Raises:
-            TesselError: a dialogue cannot be written in this prompt type.
-        """
-
-    def preferences(self, examples: Sequence[Example]) -> list[Rendered]:
-        """The chosen and the rejected dialogue of each example, one after the other; the last answer alone trained."""
-
-    def prompts(self, dialogues: Sequence[Dialogue]) -> list[np.ndarray]:
-        """i32 ids of each dialogue, which ends with a question, up to where the assistant answers."""
 
 
 class SlotRenderer:
@@ -272,8 +221,6 @@ def renderer_for(
     """
     options = options if options is not None else RenderOptions()
     if prompt_type == HF and path is None:
-        from tessel.data.instruct.chat import ChatRenderer
-
         return ChatRenderer(tokenizer, options)
     template = find_template(prompt_type, path)
     return SlotRenderer(template, vocabulary_for(tokenizer, template), options)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tessel.data.instruct.dialogue import Dialogue, Message
-from tessel.data.instruct.render import RenderOptions, renderer_for
+from tessel.data.instruct.render import renderer_for
+from tessel.data.instruct.rendering import RenderOptions
 from tessel.data.tokenizer import HuggingFaceTokenizer
 from tessel.errors import TesselError
 from tests.data.instruct.conftest import CHATML, HELLO, MARKED

@@ -51,7 +51,8 @@ def test_oracle_chat_template_of_qwen(shared: Path) -> None:
     """The prompt type qwen asks as the chat template does, whatever the dialogue."""
     from tessel.data.instruct.chat import ChatRenderer
     from tessel.data.instruct.check import DIFFERS, compare
-    from tessel.data.instruct.render import RenderOptions, renderer_for
+    from tessel.data.instruct.render import renderer_for
+    from tessel.data.instruct.rendering import RenderOptions
 
     tokenizer = HuggingFaceTokenizer(shared / "data/tokenizers/qwen2.5")
     found = compare(renderer_for(tokenizer, "qwen"), ChatRenderer(tokenizer, RenderOptions()))

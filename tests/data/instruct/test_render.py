@@ -11,7 +11,8 @@ import pytest
 
 from tessel.data.instruct.dialogue import Dialogue, Example, Message
 from tessel.data.instruct.pieces import Pieces
-from tessel.data.instruct.render import Renderer, RenderOptions, SlotRenderer, render_prompt, renderer_for
+from tessel.data.instruct.render import SlotRenderer, render_prompt, renderer_for
+from tessel.data.instruct.rendering import Renderer, RenderOptions
 from tessel.data.instruct.templates import Special, Template, Token, known_templates
 from tessel.data.instruct.vocabulary import Vocabulary, vocabulary_for
 from tessel.data.tokenizer import HuggingFaceTokenizer
