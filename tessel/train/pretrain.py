@@ -31,7 +31,7 @@ from tessel.runtime.team import Team
 from tessel.runtime.world import World
 from tessel.train import foreign, frugal
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
-from tessel.train.checks import check_layout, check_model_of_run
+from tessel.train.checks import check_dialogues, check_layout, check_model_of_run
 from tessel.train.evaluation import Evaluator
 from tessel.train.flops import flops_per_token
 from tessel.train.formats import check_formats, formats_of
@@ -88,6 +88,7 @@ class _Found:
 
 def _find(cfg: RunConfig, given: frozenset[str], world: World) -> _Found:
     """Read what the flags name, as far as there is something to refuse in it; nothing large, no other process."""
+    check_dialogues(cfg)
     _check_folders(cfg)
     check_packages(cfg.logging)
     source = find_source(cfg.checkpoint, cfg.model)
