@@ -233,7 +233,7 @@ def test_elements_are_found_in_any_chunks() -> None:
         assert found == whole.tolist()
 
 
-def test_hugging_face_lists_of_rows(tmp_path: Path) -> None:
+def test_lists_of_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '[{"q": 1}, {"q": 2}]\n{"q": 3}\n')
     (block,) = read_blocks(path)
     assert parse_rows(block, None, lists=True) == [(1, {"": [{"q": 1}, {"q": 2}]}), (2, {"q": 3})]

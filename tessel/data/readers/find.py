@@ -79,11 +79,11 @@ def _in_folder(folder: Path, compatible: str | None) -> list[Path]:
     if len(by_kind) == 1:
         return next(iter(by_kind.values()))
     counts = _counts(Counter({f".{kind}": len(by_kind[kind]) for kind in KINDS if kind in by_kind}))
+    chosen = max(by_kind, key=lambda kind: (len(by_kind[kind]), -_PREFERENCE.index(kind)))
     if compatible != "mindspeed":
         raise UsageError(
-            f"The input {folder} mixes formats: {counts}. Name the files of one: '{folder}/*.{next(iter(by_kind))}'."
+            f"The input {folder} mixes formats: {counts}. Name the files of one, such as '{folder}/*.{chosen}'."
         )
-    chosen = max(by_kind, key=lambda kind: (len(by_kind[kind]), -_PREFERENCE.index(kind)))
     log(f"{folder} has {counts}; the {len(by_kind[chosen])} .{chosen} are read, the most there are of one format")
     return by_kind[chosen]
 

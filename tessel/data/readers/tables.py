@@ -45,7 +45,7 @@ def table_columns(path: str, kind: str) -> list[str]:
     try:
         if kind == "parquet":
             return list(parquet.read_schema(path).names)
-        with _open_arrow(path) as (schema, _):
+        with _OpenArrow(path) as (schema, _):
             return list(schema.names)
     except _errors() as error:
         raise Damage(1, _reason(error, kind)) from error
@@ -80,7 +80,7 @@ def arrow_blocks(path: str, columns: Sequence[str] | None, block_bytes: int) -> 
     """
 
     def batches() -> Batches:
-        with _open_arrow(path) as (schema, all_batches):
+        with _OpenArrow(path) as (schema, all_batches):
             wanted = None if columns is None else [name for name in schema.names if name in columns]
             for batch in all_batches:
                 _validate(batch)
@@ -90,7 +90,7 @@ def arrow_blocks(path: str, columns: Sequence[str] | None, block_bytes: int) -> 
     return _blocks(path, batches(), "arrow", block_bytes)
 
 
-class _open_arrow:
+class _OpenArrow:
     """The schema and the batches of an Arrow file or stream, mapped into memory."""
 
     def __init__(self, path: str) -> None:
