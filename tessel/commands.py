@@ -17,9 +17,9 @@ from tessel.config.download_rules import validate_download
 from tessel.config.megatron import MEGATRON, ForeignFlags
 from tessel.config.parser import parse
 from tessel.config.plan_rules import validate_plan
-from tessel.config.preprocess import PreprocessConfig
+from tessel.config.preprocess import MergeConfig, PreprocessConfig, SplitConfig
 from tessel.config.preprocess_flags import PREPROCESSING
-from tessel.config.preprocess_rules import validate_preprocess
+from tessel.config.preprocess_rules import validate_merge, validate_preprocess, validate_split
 from tessel.config.run import RunConfig
 from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
@@ -86,9 +86,34 @@ def preprocess(argv: list[str]) -> None:
 
         preview(cfg)
         return
+    if cfg.merge_group_keys:
+        from tessel.data.merge import merge_datasets as merge_all
+
+        merge_all(MergeConfig(input=cfg.input, output_prefix=cfg.output_prefix, merge_group_keys=cfg.merge_group_keys))
+        return
     from tessel.data import preprocess as target
 
     target.preprocess(cfg)
+
+
+def merge_datasets(argv: list[str]) -> None:
+    """Write several .bin/.idx datasets as one."""
+    cfg = _read(MergeConfig, argv, "merge-datasets", validate_merge)
+    if cfg is None:
+        return
+    from tessel.data import merge as target
+
+    target.merge_datasets(cfg)
+
+
+def split(argv: list[str]) -> None:
+    """Deal the documents of a dataset out to several, such as train and valid."""
+    cfg = _read(SplitConfig, argv, "split", validate_split)
+    if cfg is None:
+        return
+    from tessel.data import merge as target
+
+    target.split_dataset(cfg)
 
 
 def samples(argv: list[str]) -> None:
@@ -222,6 +247,8 @@ def demo(argv: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "preprocess": preprocess,
+    "merge-datasets": merge_datasets,
+    "split": split,
     "samples": samples,
     "generate": generate,
     "inspect": inspect,

@@ -88,7 +88,9 @@ def shard_of(cfg: PreprocessConfig) -> tuple[int, int]:
 
 def is_instructions(cfg: PreprocessConfig) -> bool:
     """Whether dialogues are written (`_packed_` datasets), not plain text."""
-    return cfg.handler_name is not None and cfg.handler_name not in PRETRAIN_HANDLERS
+    if cfg.handler_name is None:
+        return cfg.prompt_type is not None or cfg.prompt_type_path is not None
+    return cfg.handler_name not in PRETRAIN_HANDLERS
 
 
 def _check_ranges(cfg: PreprocessConfig) -> None:
@@ -135,6 +137,8 @@ def _check_instructions(cfg: PreprocessConfig) -> None:
         raise UsageError("--pack needs --seq-length: the tokens that a pack holds.")
     if cfg.sequence_packing and cfg.compatible != "pai-sft":
         raise UsageError("--sequence-packing is for --compatible pai-sft: use --pack for the other formats.")
+    if cfg.sequence_packing and cfg.partitions > 1:
+        raise UsageError("--sequence-packing and --partitions: samples are packed in one go; leave --partitions out.")
     if is_instructions(cfg):
         return
     for name in (

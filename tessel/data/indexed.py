@@ -107,6 +107,11 @@ class IndexedDataset:
         """Documents; one holds one or more sequences, or none."""
         return len(self.document_indices) - 1
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """All of .bin: a read-only view of the file."""
+        return np.frombuffer(self._tokens, self.dtype, len(self._tokens) // self.dtype.itemsize)
+
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens [offset, offset + length) of a sequence, or from offset to its end: a read-only view of the file."""
         sequence_tokens = int(self.lengths[sequence])

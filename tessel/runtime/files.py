@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from tessel.errors import TesselError
 _FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # A file where a folder is needed or the other way round, no permission, a read-only disk.
 _NO_PLACE_ERRNOS = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+# The file of a scratch folder that its process has locked.
+_CLAIM = ".claim"
 _FULL_DISK_TEXTS = ("No space left on device", "Disk quota exceeded")
 # What torch.save and numpy say of a write that came out short, with no error number.
 _SHORT_WRITE = re.compile(r"inline_container.*unexpected pos \d+ vs \d+|\d+ requested and \d+ written")
@@ -80,6 +83,29 @@ def remove_unclaimed(folder: Path, start: str, end: str) -> None:
         with suppress(OSError), open(path, "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+@contextmanager
+def scratch_folder(folder: Path, start: str) -> Iterator[Path]:
+    """Yield a new folder `start*.tmp` in `folder`, which is gone afterwards.
+
+    Those that killed processes left under such a name are removed, too.
+
+    Raises:
+        TesselError: the disk is full, or the folder cannot be written to.
+    """
+    for left in folder.glob(f"{glob.escape(start)}*.tmp"):
+        with suppress(OSError), open(left / _CLAIM, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    with disk_errors(folder):
+        scratch = Path(tempfile.mkdtemp(prefix=start, suffix=".tmp", dir=folder))
+    try:
+        with open(scratch / _CLAIM, "wb") as file:
+            claim(file.fileno())
+            yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

@@ -100,12 +100,12 @@ def console() -> Console:
 class Progress(Protocol):
     """What `progress` yields."""
 
-    def advance(self, num_steps: float = 1) -> None:
-        """Say that `num_steps` more of the total are done."""
+    def advance(self, num_steps: float = 1, note: str = "") -> None:
+        """Say that `num_steps` more of the total are done; `note` stands behind the bar or the line."""
 
 
 class _SilentProgress:
-    def advance(self, num_steps: float = 1) -> None:
+    def advance(self, num_steps: float = 1, note: str = "") -> None:
         pass
 
 
@@ -114,8 +114,8 @@ class _RichProgress:
         self._display = display
         self._task = task
 
-    def advance(self, num_steps: float = 1) -> None:
-        self._display.advance(self._task, num_steps)  # type: ignore[attr-defined]
+    def advance(self, num_steps: float = 1, note: str = "") -> None:
+        self._display.update(self._task, advance=num_steps, note=note)  # type: ignore[attr-defined]
 
 
 class _PlainProgress:
@@ -127,14 +127,15 @@ class _PlainProgress:
         self._done = 0.0
         self._last_line_s = time.monotonic()
 
-    def advance(self, num_steps: float = 1) -> None:
+    def advance(self, num_steps: float = 1, note: str = "") -> None:
         self._done += num_steps
         now_s = time.monotonic()
         if now_s - self._last_line_s < PLAIN_PROGRESS_INTERVAL_S:
             return
         self._last_line_s = now_s
         of_total = f"/{self._total:,.0f}" if self._total is not None else ""
-        print(f"{self._description}: {self._done:,.0f}{of_total}", file=sys.stderr, flush=True)
+        behind = f"; {note}" if note else ""
+        print(f"{self._description}: {self._done:,.0f}{of_total}{behind}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -156,6 +157,11 @@ def progress(description: str, total: float | None) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Redirecting would send lines meant for a file to the terminal.
     with Display(
-        *columns, TimeRemainingColumn(), console=console(), transient=True, redirect_stdout=sys.stdout.isatty()
+        *columns,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console(),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
     ) as display:
-        yield _RichProgress(display, display.add_task(description, total=total))
+        yield _RichProgress(display, display.add_task(description, total=total, note=""))

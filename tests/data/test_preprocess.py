@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -16,15 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tessel import commands
 from tessel.config.preprocess import PreprocessConfig
 from tessel.config.run import Tokenizer as Section
-from tessel.data.encoding import BlockEncoder, encode_blocks
 from tessel.data.indexed import IndexedDataset
 from tessel.data.metadata import metadata_path, read_metadata
 from tessel.data.preprocess import preprocess, preprocess_files
 from tessel.data.readers import Block
 from tessel.data.tokenizer import HuggingFaceTokenizer, NullTokenizer, Tokenizer
+from tessel.data.workers import encode_blocks
 from tessel.errors import TesselError, UsageError
 
 Rows = Sequence[dict[str, Any]]
@@ -233,14 +231,14 @@ def test_what_cannot_be_is_refused(tokenizer: HuggingFaceTokenizer, tmp_path: Pa
     assert_nothing_written(tmp_path, source, blank)
 
 
-def end_process(texts: Sequence[str]) -> list[list[int]]:
+def end_process(block: Block) -> None:
     os._exit(7)
 
 
 def test_a_dead_worker_is_an_error() -> None:
     blocks = [Block("a.txt", 1 + i, b"x\n") for i in range(9)]
     with pytest.raises(TesselError, match=r"A worker process ended with exit code 7 while encoding a.txt near line 1"):
-        list(encode_blocks(blocks, BlockEncoder(end_process, ("text",), None), 2))
+        list(encode_blocks(blocks, end_process, 2))
 
 
 def processes_with(mark: str) -> list[int]:
@@ -294,24 +292,3 @@ def test_killed_in_the_middle(
         return
     (again,) = preprocess_files([source], out / "p", tokenizer, ["text"], append_eod=True)
     assert again.num_documents == len(IndexedDataset(out / "p_text_document")) == 1_500
-
-
-def oracle_cases() -> list[str]:
-    """The cases of Megatron-LM's tool, by name (one with --partitions belongs to a later stage)."""
-    return ["small_w1", "small_w1_eod", "small_keys", "qwen_w1_eod", "qwen_w2"]
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("name", oracle_cases())
-def test_oracle(shared: Path, tmp_path: Path, name: str) -> None:
-    """The flags of the real tool give the sha256 of its files."""
-    folder = shared / "oracle/preprocess"
-    (case,) = [case for case in json.loads((folder / "cases.json").read_text()) if case["name"] == name]
-    tokenizer_folder = (
-        shared / "data/tokenizers/qwen2.5" if case["tokenizer"] == "qwen2.5" else folder / case["tokenizer"]
-    )
-    argv = [str(folder / word) if word.startswith("in/") else word for word in case["flags"]]
-    argv = [str(tokenizer_folder) if word == case["tokenizer"] else word for word in argv]
-    commands.preprocess([*argv, "--output-prefix", str(tmp_path / name)])
-    for file, expected in case["outputs"].items():
-        assert hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() == expected["sha256"], file
