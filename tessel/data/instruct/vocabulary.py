@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from tessel.data.instruct.templates import ROLES, Template, Token
 from tessel.data.tokenizer import BatchEncoder, HuggingFaceTokenizer, Tokenizer
+from tessel.data.tokenizer.encoders import ReferenceEncoder, SlowEncoder
 from tessel.errors import TesselError, UsageError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 _MISSING_EOS = "<|endoftext|>"
 
@@ -29,8 +24,8 @@ class Vocabulary:
     Attributes:
         encoder: texts to ids without special tokens of the tokenizer's own, those spelled out read as such.
         eos, bos: ids of the end and the beginning of a sequence; None where there is none.
-        eod: id that --append-eod appends.
-        pad: id that fills packs.
+        eod: id that --append-eod appends: the end of sequence, unless --eod-id says another.
+        pad: id that fills packs; --pad-id where that is given.
         added: tokens that the prompt type adds to the vocabulary, with their ids.
         tokens: ids of the tokens that the template names.
     """
@@ -43,45 +38,6 @@ class Vocabulary:
     vocab_size: int
     added: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-
-
-class PlainEncoder:
-    """Ids by the `tokenizers` library, without the special tokens that a tokenizer adds by itself."""
-
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._backend = backend
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return _flat(self(texts))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # This switch is not part of a pickled tokenizer.
-        return {"backend": self._backend, "encode_special_tokens": self._backend.encode_special_tokens}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._backend = state["backend"]
-        self._backend.encode_special_tokens = state["encode_special_tokens"]
-
-
-class SlowPlainEncoder:
-    """The same by a tokenizer written in Python."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return _flat(self(texts))
-
-
-def _flat(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum(dtype=np.int64))), lengths
 
 
 def hf_of(tokenizer: Tokenizer) -> Any:
@@ -102,7 +58,7 @@ def plain_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     hf = hf_of(tokenizer)
     pad = hf.pad_token_id if hf.pad_token_id is not None else hf.eos_token_id
     return Vocabulary(
-        _encoder(tokenizer, hf),
+        tokenizer.batch_encoder(add_special_tokens=False),
         hf.eos_token_id,
         hf.bos_token_id,
         tokenizer.eod,
@@ -140,15 +96,20 @@ def vocabulary_for(tokenizer: Tokenizer, template: Template) -> Vocabulary:
     known = hf_of(tokenizer).get_vocab() if missing else ids
     added = {word: ids[word] for word in missing if word not in known}
     return Vocabulary(
-        PlainEncoder(hf.backend_tokenizer) if missing and _is_fast(hf) else _encoder(tokenizer, hf),
+        _encoder_of(hf) if missing else tokenizer.batch_encoder(add_special_tokens=False),
         ids[eos],
         hf.bos_token_id,
-        ids[eos],
-        ids[eos] if hf.pad_token_id is None else hf.pad_token_id,
+        _asked_for(tokenizer.eod, hf.eos_token_id) or ids[eos],
+        _asked_for(tokenizer.pad, hf.pad_token_id) or (ids[eos] if hf.pad_token_id is None else hf.pad_token_id),
         tokenizer.vocab_size + len(added),
         added,
         {name: ids[name] for name in named},
     )
+
+
+def _asked_for(used: int | None, own: int | None) -> int | None:
+    """The id in use, where --eod-id or --pad-id says another than the tokenizer; None otherwise."""
+    return used if used is not None and used > 0 and used != own else None
 
 
 def _with_tokens(hf: Any, words: Sequence[str]) -> Any:
@@ -160,20 +121,6 @@ def _with_tokens(hf: Any, words: Sequence[str]) -> Any:
     return hf
 
 
-def _is_fast(hf: Any) -> bool:
-    return getattr(hf, "backend_tokenizer", None) is not None
-
-
-def _encoder(tokenizer: Tokenizer, hf: Any) -> BatchEncoder:
-    """Ids without special tokens of the tokenizer's own; the tokenizer's own encoder where it adds none anyway."""
-    if not _is_fast(hf):
-        return SlowPlainEncoder(hf)
-    return tokenizer.batch_encoder() if _adds_nothing(hf.backend_tokenizer) else PlainEncoder(hf.backend_tokenizer)
-
-
-def _adds_nothing(backend: tokenizers.Tokenizer) -> bool:
-    """Whether special tokens are never added to a text by the tokenizer itself."""
-    return all(
-        backend.encode(text, add_special_tokens=True).ids == backend.encode(text, add_special_tokens=False).ids
-        for text in ("", "a", "a b\n")
-    )
+def _encoder_of(hf: Any) -> BatchEncoder:
+    backend = getattr(hf, "backend_tokenizer", None)
+    return SlowEncoder(hf, False) if backend is None else ReferenceEncoder(backend, False)
