@@ -38,7 +38,8 @@ def test_built_then_reused(
 ) -> None:
     prefix = preprocessed_prefix(source, tokenizer, ["text"], True, tmp_path / "cache")
     built = capsys.readouterr().out
-    assert "tokens, kept in" in built and built.count("\n") == 1
+    # A line before may name the tokenizing library.
+    assert built.count("tokens, kept in") == 1 and "tokens, kept in" in built.splitlines()[-1]
     dataset = IndexedDataset(prefix)
     assert tokenizer.decode(dataset.get(1).tolist()) == "brown fox<|endoftext|>"
     written_ns = Path(dataset.bin_path).stat().st_mtime_ns
