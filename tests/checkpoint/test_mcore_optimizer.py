@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 
 from tessel.checkpoint.mcore import open_torch
+from tessel.checkpoint.mcore_optimizer_write import KINDS, MOMENTS
 from tessel.checkpoint.mcore_write import write_torch
 from tessel.checkpoint.stored import StoredModel, Target
+from tessel.checkpoint.torch_file import LoadedTensor
+from tessel.convert.copies import differing_copies
+from tessel.errors import TesselError
 from tests.checkpoint.megatron import hf_model, manifest_of
 
 # Each state is a function of its weight here, so that a state of another weight, or of another place in it, shows.
@@ -148,6 +153,111 @@ def test_states_come_back(
     assert found.state["opt_param_scheduler"] == SCHEDULE
     assert [group["wd_mult"] for group in found.state["param_groups"]][:2] in ([1.0, 0.0], [0.0, 1.0])
     assert found.left_out == ("The random state of Megatron's generators, which are not tessel's.",)
+
+
+GROUPS = [
+    {"wd_mult": decays, "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1 * decays}
+    for decays in (1.0, 0.0)
+]
+
+
+def with_states(source: StoredModel) -> StoredModel:
+    """A source as a run of our own leaves it: weights in fp32, and moments."""
+    states = {
+        f"{kind}.{name}": LoadedTensor(name, Path(), STATES[kind](tensor.read()))
+        for kind in ("exp_avg", "exp_avg_sq")
+        for name, tensor in source.tensors.items()
+    }
+    state = {"step": 6, "consumed_train_samples": 24, "opt_param_scheduler": SCHEDULE, "param_groups": GROUPS}
+    return replace(source, optimizer=states, state=state)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        ("qwen2", Target(iteration=6)),
+        ("qwen3", Target(tp=2, pp=2, num_chunks=2, dtype=torch.bfloat16, iteration=6)),
+        ("qwen3_moe", Target(tp=2, dtype=torch.float16, grouped_gemm=True, iteration=6)),
+        ("qwen2_moe", Target(ep=2, dtype=torch.bfloat16, iteration=6)),
+        ("llama", Target(pp=2, transformer_engine=True, dtype=torch.bfloat16, iteration=6)),
+        (
+            "mixtral",
+            Target(tp=2, pp=2, ep=2, dtype=torch.bfloat16, grouped_gemm=True, transformer_engine=True, iteration=6),
+        ),
+    ],
+)
+def test_states_are_written(tiny_hf_folder: Callable[..., Path], tmp_path: Path, family: str, target: Target) -> None:
+    experts = {"num_experts": 4} if family in ("qwen2_moe", "qwen3_moe") else {}
+    source = with_states(hf_model(tiny_hf_folder(family, num_hidden_layers=4, vocab_size=300, **experts)))
+    write_torch(source, tmp_path / "mg", target, with_optimizer=True)
+    found = open_torch(tmp_path / "mg")
+    kinds = MOMENTS if target.dtype is None else KINDS
+    assert found.optimizer.keys() == {f"{kind}.{name}" for kind in kinds for name in source.tensors}
+    for name, tensor in source.tensors.items():
+        for kind in kinds:  # of the weights in fp32, not of those in the file
+            assert torch.equal(found.optimizer[f"{kind}.{name}"].read(), STATES[kind](tensor.read())), (kind, name)
+    assert (found.iteration, found.state["step"], found.state["consumed_train_samples"]) == (6, 6, 24)
+    assert found.state["opt_param_scheduler"] == SCHEDULE and found.left_out == ()
+    assert differing_copies(found) == []
+    num_copies = 0 if target.tp == target.ep == 1 else len(found.copies)
+    assert (num_copies > 0) == (target.tp * target.ep > 1)
+
+
+def test_groups_are_megatrons(tiny_hf_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """As it makes them: in the order in which a rank's parameters meet them, which on later stages is norms first."""
+    source = with_states(hf_model(tiny_hf_folder("qwen2")))
+    write_torch(source, tmp_path, Target(pp=2, dtype=torch.float16), with_optimizer=True)
+    for stage, decayed_first in ((0, True), (1, False)):
+        content = torch.load(tmp_path / f"iter_0000001/mp_rank_00_{stage:03d}/model_optim_rng.pt", weights_only=False)
+        weights = [(key, value) for key, value in content["model"].items() if isinstance(value, Tensor)]
+        inner, masters = content["optimizer"]["optimizer"], content["optimizer"]["fp32_from_fp16_params"]
+        first, second = inner["param_groups"]
+        assert (first["wd_mult"], second["wd_mult"]) == ((1.0, 0.0) if decayed_first else (0.0, 1.0))
+        numbers = [*first["params"], *second["params"]]
+        assert numbers == list(range(len(weights))) == list(inner["state"])
+        expected = [
+            [value for key, value in weights if is_decayed(key, value) == bool(group["wd_mult"])]
+            for group in (first, second)
+        ]
+        assert [[value.shape for value in group] for group in masters] == [[v.shape for v in g] for g in expected]
+        assert all(state["step"] == 6 for state in inner["state"].values())
+        own = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "max_lr": 1e-3, "lr_mult": 1.0, "step": 6,
+               "is_expert_parallel": False, "is_decoupled_lr": False}  # fmt: skip
+        assert first.items() >= own.items() and second.items() >= own.items()
+        assert "grad_scaler" not in content["optimizer"], "the source had none"
+
+
+def test_a_scaler_and_decoupled_rates(tiny_hf_folder: Callable[..., Path], tmp_path: Path) -> None:
+    source = with_states(hf_model(tiny_hf_folder("qwen2")))
+    scaler = {"scale": 1024.0, "growth_tracker": 3, "hysteresis_tracker": 2}
+    decoupled = {**GROUPS[0], "is_decoupled_lr": True, "max_lr": 5e-3}
+    state = {**source.state, "grad_scaler": scaler, "param_groups": [*GROUPS, decoupled]}
+    write_torch(replace(source, state=state), tmp_path, Target(dtype=torch.float16), with_optimizer=True)
+    found = open_torch(tmp_path)
+    assert float(found.state["grad_scaler"]["scale"]) == 1024.0 and found.state["grad_scaler"]["growth_tracker"] == 3
+    assert [(group["is_decoupled_lr"], group["max_lr"]) for group in found.state["param_groups"]] == [
+        (True, 5e-3), (False, 1e-3), (False, 1e-3),
+    ]  # fmt: skip
+    assert len(found.optimizer) == 3 * len(found.tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"opt_param_scheduler": None}, "has no schedule"),
+        ({"param_groups": []}, "has no numbers of the optimizer's groups"),
+    ],
+)
+def test_a_state_that_megatron_could_not_go_on_from(
+    tiny_hf_folder: Callable[..., Path], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    source = with_states(hf_model(tiny_hf_folder("qwen2")))
+    state = {key: value for key, value in {**source.state, **change}.items() if value is not None}
+    with pytest.raises(TesselError, match=f"{said}.*Leave the optimizer out"):
+        write_torch(replace(source, state=state), tmp_path, Target(), with_optimizer=True)
+    moments = {key: value for key, value in source.optimizer.items() if not key.endswith("model.norm.weight")}
+    with pytest.raises(TesselError, match="another optimizer than Adam"):
+        write_torch(replace(source, optimizer=moments), tmp_path, Target(), with_optimizer=True)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_megatrons_weights_without_its_optimizer(shared: Path, tmp_path: Path, r
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("to", ["torch_dcp", "torch_dist"])
+@pytest.mark.parametrize("to", ["torch_dcp", "torch_dist", "torch"])
 @pytest.mark.parametrize(("name", "relative"), CASES)
 def test_a_run_of_megatron_goes_on_after_a_conversion(
     to: str, name: str, relative: float, shared: Path, tmp_path: Path, run_in: Callable[..., Any]
