@@ -1,5 +1,6 @@
 """Tokenizers: text to ids and back, with the two ids that training needs to know."""
 
+from tessel.data.tokenizer.apart import load_fast
 from tessel.data.tokenizer.base import NO_PAD, BatchEncoder, Tokenizer
 from tessel.data.tokenizer.hugging_face import VOCABULARY_FILES, HuggingFaceTokenizer, has_tokenizer
 from tessel.data.tokenizer.load import check_fits, load_tokenizer
@@ -15,5 +16,6 @@ __all__ = [
     "Tokenizer",
     "check_fits",
     "has_tokenizer",
+    "load_fast",
     "load_tokenizer",
 ]

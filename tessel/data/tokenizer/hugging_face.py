@@ -39,6 +39,8 @@ def has_tokenizer(folder: str | Path) -> bool:
 class HuggingFaceTokenizer:
     """The tokenizer of a Hugging Face folder, or of a single tokenizer.json.
 
+    `fast` is the fast encoder once it is proved (`speed_up`), otherwise None.
+
     Special tokens and the pipeline are taken from AutoTokenizer; encoding goes to the `tokenizers`
     library directly where it has one, and to the slow Python tokenizer otherwise.
     """
@@ -59,7 +61,7 @@ class HuggingFaceTokenizer:
         self.pad = _pad_id(self._hf, self.eod, section)
         self.identity = f"{type(self._hf).__name__}:{_digest(path)}"
         self._adds_special_tokens = not section.tokenizer_hf_no_include_special_tokens
-        self._fast: FastEncoder | None = None
+        self.fast: FastEncoder | None = None
 
     @property
     def hf(self) -> Any:
@@ -81,8 +83,8 @@ class HuggingFaceTokenizer:
         add_special_tokens = add_special_tokens and self._adds_special_tokens
         if self._backend is None:
             return SlowEncoder(self._hf, add_special_tokens)
-        if self._fast is not None:
-            return self._fast.adding(add_special_tokens)
+        if self.fast is not None:
+            return self.fast.adding(add_special_tokens)
         return ReferenceEncoder(self._backend, add_special_tokens)
 
     def speed_up(self, sample: Sequence[str]) -> str | None:
@@ -92,7 +94,7 @@ class HuggingFaceTokenizer:
         proved = prove_fast(ReferenceEncoder(self._backend, self._adds_special_tokens), sample)
         if isinstance(proved, str):
             return f"tokenizing with tokenizers (slower): {proved}"
-        self._fast = proved
+        self.fast = proved
         return "tokenizing with fastokens, seen to give the ids of tokenizers"
 
 
