@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from tessel.checkpoint import huggingface, torch_file
-from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.legacy import open_legacy
 from tessel.checkpoint.mcore import open_torch
 from tessel.checkpoint.megatron_folder import RELEASE, TRACKER, companions, find_iteration, iteration_name, rank_folders
-from tessel.checkpoint.run_model import open_run
 from tessel.checkpoint.stored import Format, StoredModel
 from tessel.checkpoint.torch_dist import open_torch_dist
 from tessel.checkpoint.weights import WEIGHT_FILES
@@ -28,7 +26,7 @@ def format_of(folder: str | Path, ckpt_step: int | None = None) -> Format | None
     if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES):
         return "hf"
     for path in _iterations(folder, ckpt_step):
-        if run_checkpoint.is_dcp(path) and run_checkpoint.iteration_of(path.absolute()) is not None:
+        if _is_run(path):
             return "torch_dcp"
         if (path / "metadata.json").is_file() or ((path / ".metadata").is_file() and (path / "common.pt").is_file()):
             return "torch_dist"
@@ -46,6 +44,16 @@ def _iterations(folder: Path, ckpt_step: int | None) -> list[Path]:
         text = tracker.read_bytes()[:100].decode("ascii", "replace").strip()
         named.append(folder / (iteration_name(int(text)) if text.isdecimal() else RELEASE))
     return [*named, folder, *sorted(folder.glob("iter_*"), reverse=True), folder / RELEASE]
+
+
+def _is_run(path: Path) -> bool:
+    """Whether it is an iteration of a run of tessel's own, in its first format."""
+    if not (path / ".metadata").is_file():
+        return False
+    # DCP comes along, which takes a second to import.
+    from tessel.checkpoint import training
+
+    return training.is_dcp(path) and training.iteration_of(path.absolute()) is not None
 
 
 def _has_legacy_names(rank: Path) -> bool:
@@ -72,6 +80,8 @@ def open_model(folder: str | Path, *, ckpt_step: int | None = None, hf_dir: str 
             raise TesselError(f"--ckpt-step {ckpt_step}: {folder} is a Hugging Face folder, which has no iterations.")
         return huggingface.open_folder(folder)
     if kind == "torch_dcp":
+        from tessel.checkpoint.run_model import open_run
+
         return open_run(folder, ckpt_step)
     if kind == "torch":
         return open_torch(folder, ckpt_step=ckpt_step, hf_dir=hf_dir)

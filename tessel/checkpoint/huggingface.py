@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from tessel.checkpoint import companion
 from tessel.checkpoint.experts import as_stored, in_memory
-from tessel.checkpoint.fill import fill_model
 from tessel.checkpoint.mapped import as_own, in_family
 from tessel.checkpoint.metadata import read_side_files, write_metadata
 from tessel.checkpoint.safetensors import write_file
 from tessel.checkpoint.stored import StoredModel, StoredTensor
-from tessel.checkpoint.tiles import whole_tile
 from tessel.checkpoint.weights import SAFETENSORS_FILE, SAFETENSORS_INDEX, named, read_tensors
 from tessel.errors import TesselError
 from tessel.layout.adapters import is_adapter
@@ -68,6 +66,10 @@ def load_into(
         TesselError: no weights, damaged files, tensors missing, surplus or of another shape: all of
             them are named. The model is untouched then.
     """
+    # DCP comes along, which takes a second to import.
+    from tessel.checkpoint.fill import fill_model
+    from tessel.checkpoint.tiles import whole_tile
+
     own_names = dict(model.named_parameters())
     if tiles is None:
         tiles = {name: whole_tile(tuple(parameter.shape)) for name, parameter in own_names.items()}

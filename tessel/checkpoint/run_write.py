@@ -15,11 +15,11 @@ from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.dcp_files import METADATA
 from tessel.checkpoint.dcp_write import Other, Part, plan_folder
 from tessel.checkpoint.metadata import metadata_files
-from tessel.checkpoint.stored import Cast, PlannedFile, StoredModel, StoredTensor, Target
+from tessel.checkpoint.stored import MOMENTS, Cast, PlannedFile, StoredModel, StoredTensor, Target, masters
 from tessel.checkpoint.torch_file import LoadedTensor
 from tessel.errors import TesselError
 
-MASTER, MOMENTS, STEP = "param.", ("exp_avg", "exp_avg_sq"), "step"
+STEP = "step"
 _MAX_FILE_BYTES = 4 * 2**30
 
 
@@ -47,14 +47,6 @@ def plan_run(
     files = [PlannedFile(f"{folder}/{file.name}", file.tensors, file.write) for file in plan.files]
     named = {f"{folder}/{name}": content for name, content in texts.items()}
     return files, named | {run_checkpoint.TRACKER: f"{iteration}\n".encode()}
-
-
-def masters(source: StoredModel) -> dict[str, StoredTensor]:
-    """The weights that training goes on with, in fp32: the optimizer's own where there are some."""
-    found = {name: source.optimizer.get(MASTER + name, tensor) for name, tensor in source.tensors.items()}
-    return {
-        name: tensor if tensor.dtype is torch.float32 else Cast(tensor, torch.float32) for name, tensor in found.items()
-    }
 
 
 def _weights(source: StoredModel, target: Target) -> dict[str, StoredTensor]:

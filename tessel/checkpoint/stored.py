@@ -29,6 +29,8 @@ Format = Literal["hf", "torch", "torch_dist", "torch_dcp", "legacy"]
 #   pai    Pai-Megatron-Patch         no padding: TP must divide the rows
 Flavour = Literal["mcore", "v1", "v2", "pai"]
 Index = tuple[slice, ...]
+# What stands before a parameter's name in those of the optimizer's tensors.
+MASTER, MOMENTS = "param.", ("exp_avg", "exp_avg_sq")
 # Small enough for the allocator to use the same memory again and again.
 BLOCK_BYTES = 8 * 2**20
 
@@ -341,6 +343,14 @@ class StoredModel:
         for tensor in self.tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
         return tuple(sorted(sizes, key=lambda dtype: -sizes[dtype]))
+
+
+def masters(source: StoredModel) -> dict[str, StoredTensor]:
+    """The weights that training goes on with, in fp32: the optimizer's own where there are some."""
+    found = {name: source.optimizer.get(MASTER + name, tensor) for name, tensor in source.tensors.items()}
+    return {
+        name: tensor if tensor.dtype is torch.float32 else Cast(tensor, torch.float32) for name, tensor in found.items()
+    }
 
 
 @dataclass(frozen=True)

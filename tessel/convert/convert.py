@@ -12,8 +12,7 @@ import torch
 
 import tessel
 from tessel.checkpoint.detect import format_of, open_model
-from tessel.checkpoint.run_write import MASTER, MOMENTS, masters
-from tessel.checkpoint.stored import Cast, StoredModel, StoredTensor, name_of
+from tessel.checkpoint.stored import MASTER, MOMENTS, Cast, StoredModel, StoredTensor, masters, name_of
 from tessel.config.convert import ConvertConfig
 from tessel.convert import show
 from tessel.convert.compare import Comparison, compare
