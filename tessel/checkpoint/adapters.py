@@ -60,6 +60,11 @@ class StoredAdapter:
     tensors: Mapping[str, Tensor]
     base: str | None = None
 
+    def describe(self) -> str:
+        """One line."""
+        spec = self.spec
+        return f"adapter in {self.folder}: rank {spec.rank}, alpha {spec.alpha:g}, beside {', '.join(spec.targets)}"
+
 
 def find_adapter(folder: str | Path) -> Path | None:
     """The PEFT folder at `folder`, or the one that a run has written in it; None where there is neither."""
@@ -82,7 +87,16 @@ def open_adapter(folder: str | Path, config: ModelConfig) -> StoredAdapter:
     return adapter
 
 
-def check_asked(adapter: StoredAdapter, asked: AdapterSpec | None, rank: int | None, alpha: float | None) -> None:
+def base_of(folder: str | Path) -> str | None:
+    """The model that the adapter in a folder was trained beside, if it says so and it is there."""
+    peft = find_adapter(require_path(folder, "--lora-load"))
+    base = None if peft is None else _settings(peft / CONFIG_FILE).get("base_model_name_or_path")
+    return base if isinstance(base, str) and Path(base).is_dir() else None
+
+
+def check_asked(
+    adapter: StoredAdapter, rank: int | None, alpha: float | None, groups: tuple[tuple[str, ...], ...] | None
+) -> None:
     """What the flags say of an adapter is what is stored.
 
     Raises:
@@ -94,8 +108,9 @@ def check_asked(adapter: StoredAdapter, asked: AdapterSpec | None, rank: int | N
         for flag, ours, stored in (("--lora-r", rank, spec.rank), ("--lora-alpha", alpha, spec.alpha))
         if ours is not None and ours != stored
     ]
-    if asked is not None and set(asked.targets) != set(spec.targets):
-        differs.append(f"--lora-target-modules {' '.join(asked.targets)} (stored: {' '.join(spec.targets)})")
+    asked = {name for group in groups or () for name in group}
+    if groups is not None and asked != set(spec.targets):
+        differs.append(f"--lora-target-modules {' '.join(sorted(asked))} (stored: {' '.join(spec.targets)})")
     if differs:
         raise UsageError(
             f"--lora-load {adapter.folder} holds another adapter than {'; '.join(differs)}. Leave these flags out: "

@@ -43,6 +43,30 @@ def fill_model(
             bar.advance(parameter.numel())
 
 
+@torch.no_grad()
+def fill_adapters(
+    model: nn.Module,
+    whole: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    tiles: Mapping[str, Tile] | None = None,
+) -> None:
+    """Give every adapter of `model` what it holds of the `whole` tensors; those on the meta device are made."""
+    for name, parameter in dict(model.named_parameters()).items():
+        if not is_adapter(name):
+            continue
+        if parameter.is_meta:
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(value, parameter.requires_grad)
+            setattr(model.get_submodule(owner), leaf, parameter)
+        tile = whole_tile(tuple(whole[name].shape)) if tiles is None else tiles[name]
+        part, local = part_of(parameter, tile), local_of(parameter)
+        if part.values.shape != local.shape:
+            local.zero_()
+        if part.values.numel():
+            part.values.copy_(whole[name][part.index()])
+
+
 def fill(tensor: Tensor, tile: Tile, stored: StoredTensor) -> None:
     """Read what `tensor` holds of the parameter; the rest of it is padding, and zero."""
     part, local = part_of(tensor, tile), local_of(tensor)

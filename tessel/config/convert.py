@@ -34,11 +34,7 @@ CONVERSION = ForeignFlags(
         "--moe-tp-extend-ep": "use --expert-tensor-parallel-size 1",
     },
     {
-        "--save-lora-to-hf": "adapters",
-        "--lora-load": "adapters",
-        "--lora-r": "adapters",
-        "--lora-alpha": "adapters",
-        "--lora-target-modules": "adapters",
+        "--save-lora-to-hf": "adapters alone",
         "--qlora-nf4": "weights of 4 bits",
     },
 )
@@ -103,7 +99,34 @@ class ConvertConfig:
         choices=("tensors", "logits", "none"),
     )
     workers: int = option(1, "files written at a time")
+    lora_load: str | None = option(
+        None, "adapter to merge on the way: a PEFT folder, a run, MindSpeed-LLM's", metavar="DIR"
+    )
+    lora_r: int | None = option(None, "rank of that adapter, checked if given")
+    lora_alpha: float | None = option(None, "alpha of that adapter, checked if given")
+    lora_target_modules: tuple[str, ...] | None = option(
+        None, "projections of that adapter, checked if given", nargs="+", metavar="NAME"
+    )
     degrees: ConvertDegrees = field(default_factory=ConvertDegrees)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """An adapter and its model, and where to write the two as one Hugging Face folder."""
+
+    lora_load: str = option(REQUIRED, "adapter: a PEFT folder, a run, MindSpeed-LLM's", metavar="DIR")
+    save: str = option(REQUIRED, "folder to write", metavar="DIR")
+    load: str | None = option(None, "model, of any format; the one that the adapter names if not given", metavar="DIR")
+    hf_dir: str | None = option(
+        None, "config.json and tokenizer of a --load without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
+    )
+    params_dtype: str | None = option(None, "dtype to write; the model's own if not given", choices=PARAMS_DTYPES)
+    lora_r: int | None = option(None, "rank of the adapter, checked if given")
+    lora_alpha: float | None = option(None, "alpha of the adapter, checked if given")
+    lora_target_modules: tuple[str, ...] | None = option(
+        None, "projections of the adapter, checked if given", nargs="+", metavar="NAME"
+    )
+    force: bool = option(False, "replace a model that is already in --save")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 import tessel
+from tessel.checkpoint.adapters import base_of, check_asked, merged, open_adapter
 from tessel.checkpoint.detect import format_of, open_model
 from tessel.checkpoint.stored import MASTER, MOMENTS, Cast, StoredModel, StoredTensor, masters, name_of
-from tessel.config.convert import ConvertConfig
+from tessel.config.convert import ConvertConfig, MergeConfig
 from tessel.convert import show
 from tessel.convert.compare import Comparison, compare
 from tessel.convert.copies import differing_copies
 from tessel.convert.plan import Plan, casts, plan_for, require_apart, require_no_overflow
 from tessel.convert.work import MANIFEST, Work, begin
 from tessel.errors import TesselError, UsageError
+from tessel.layout.adapters import groups_of
 from tessel.runtime.files import require_writable
 from tessel.runtime.log import log
 
@@ -33,6 +35,8 @@ def convert(cfg: ConvertConfig) -> None:
     """
     load, save = Path(cfg.load), Path(cfg.save)
     source = open_model(load, ckpt_step=cfg.ckpt_step, hf_dir=cfg.hf_dir)
+    if cfg.lora_load is not None:
+        source = _with_adapter(source, cfg)
     plan = plan_for(cfg, source)
     _check_optimizer(cfg, source)
     if source.optimizer and not cfg.with_optimizer:
@@ -51,6 +55,40 @@ def convert(cfg: ConvertConfig) -> None:
         comparison = _prove(cfg, work, source, plan)
         work.publish(_manifest(source, plan, comparison), save)
     log(f"done: {save} ({len(work.files)} files; {MANIFEST} has the sha256 of each), written in {seconds:.1f} s")
+
+
+def merge(cfg: MergeConfig) -> None:
+    """Write a model with an adapter in its weights, as a Hugging Face folder.
+
+    Raises:
+        TesselError: the adapter does not say beside which model it was trained, and --load does not either.
+    """
+    load = cfg.load or base_of(cfg.lora_load)
+    if load is None:
+        raise TesselError(f"--lora-load {cfg.lora_load} does not name its model. Give it with --load.")
+    convert(
+        ConvertConfig(
+            load=load,
+            save=cfg.save,
+            to="hf",
+            hf_dir=cfg.hf_dir,
+            params_dtype=cfg.params_dtype,
+            force=cfg.force,
+            lora_load=cfg.lora_load,
+            lora_r=cfg.lora_r,
+            lora_alpha=cfg.lora_alpha,
+            lora_target_modules=cfg.lora_target_modules,
+        )
+    )
+
+
+def _with_adapter(source: StoredModel, cfg: ConvertConfig) -> StoredModel:
+    assert cfg.lora_load is not None
+    adapter = open_adapter(cfg.lora_load, source.config)
+    targets = cfg.lora_target_modules
+    check_asked(adapter, cfg.lora_r, cfg.lora_alpha, None if targets is None else groups_of(targets))
+    log(f"{adapter.describe()}: merged in fp32, and rounded to the weights' dtype")
+    return merged(source, adapter)
 
 
 def _check_optimizer(cfg: ConvertConfig, source: StoredModel) -> None:

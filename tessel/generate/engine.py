@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
+from tessel.checkpoint.adapters import open_adapter
 from tessel.checkpoint.detect import companion_folder, format_of, open_model
-from tessel.checkpoint.fill import fill_model
+from tessel.checkpoint.fill import fill_adapters, fill_model
 from tessel.checkpoint.stored import StoredModel
 from tessel.errors import TesselError
 from tessel.generate.batcher import Batcher, Model
 from tessel.generate.request import Request
 from tessel.generate.sampling import Sampling
+from tessel.layout.adapters import is_adapter
 from tessel.model.config import ModelConfig
 from tessel.model.kernels import Kernels, choose
 from tessel.model.transformer import Transformer
@@ -79,10 +81,11 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     kernels: Kernels | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Transformer, ModelConfig]:
     """The model of a Hugging Face folder or of a run, in eval mode, on `device` in `dtype`.
 
-    Without `kernels`, the fastest that are there.
+    Without `kernels`, the fastest that are there. `adapter`: the folder of one, put beside the weights, unmerged.
 
     Raises:
         TesselError: see `find_model` and `huggingface.load_into`.
@@ -91,6 +94,9 @@ def load_model(
         source = find_model(source)
     device = torch.device(device)
     config = source.config()
+    stored = None if adapter is None else open_adapter(adapter, config)
+    if stored is not None:
+        config = replace(config, adapters=stored.spec)
     with torch.device("meta"):
         model = Transformer(config, kernels or choose(device, dtype, head_dim=config.head_dim)).to(dtype)
     if source.stored is not None:
@@ -99,8 +105,10 @@ def load_model(
         huggingface.load_into(model, source.folder, device)
     else:
         model.to_empty(device=device)
-        weights = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        weights = {f"model.{name}": p.detach() for name, p in model.named_parameters() if not is_adapter(name)}
         run_checkpoint.load_tensors(source.run, source.iteration, weights)
+    if stored is not None:
+        fill_adapters(model, stored.tensors, device)
     return model.eval().requires_grad_(False), config
 
 

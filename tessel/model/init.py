@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tessel.layout.sharding import pattern_of, rules
+from tessel.layout.sharding import ParamRule, pattern_of, rules
 from tessel.layout.tiles import Tile
 from tessel.model.config import ModelConfig
 
@@ -68,17 +68,19 @@ def initialize_(
     stds = {"normal": std, "scaled_normal": std / math.sqrt(2 * config.num_hidden_layers)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if only is not None and name not in only:
-                continue
-            rule = table[pattern_of(name)]
-            tile = tiles[name] if tiles is not None else None
-            if rule.init == "uniform":
-                _draw_(_held(parameter), rule.shape, _uniform(rule.shape[-1] ** -0.5), seed, name, tile)
-            elif rule.init in stds:
-                draw_ = _draw_experts_ if rule.is_expert else _draw_
-                draw_(_held(parameter), rule.shape, _normal(stds[rule.init]), seed, name, tile)
-            else:
-                _held(parameter).fill_(1.0 if rule.init == "ones" else 0.0)
+            if only is None or name in only:
+                tile = tiles[name] if tiles is not None else None
+                _fill_(_held(parameter), table[pattern_of(name)], stds, seed, name, tile)
+
+
+def _fill_(held: Tensor, rule: ParamRule, stds: Mapping[str, float], seed: int, name: str, tile: Tile | None) -> None:
+    if rule.init == "uniform":
+        _draw_(held, rule.shape, _uniform(rule.shape[-1] ** -0.5), seed, name, tile)
+    elif rule.init in stds:
+        draw_ = _draw_experts_ if rule.is_expert else _draw_
+        draw_(held, rule.shape, _normal(stds[rule.init]), seed, name, tile)
+    else:
+        held.fill_(1.0 if rule.init == "ones" else 0.0)
 
 
 _Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]

@@ -25,6 +25,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [..., in_features] and what the linear map made of it, [..., out_features] -> their sum."""
         weight = self._owner[0].A if self.A is None else self.A
+        assert weight is not None
         inner = F.linear(F.dropout(x, self.dropout, self.training), weight)
         return y + F.linear(inner, self.B) * self.scale
 

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.adapters import StoredAdapter, check_asked, open_adapter
-from tessel.checkpoint.tiles import held_tile, local_of, part_of, tiled
+from tessel.checkpoint.fill import fill_adapters
+from tessel.checkpoint.tiles import held_tile, tiled
 from tessel.config.lora import DEFAULT_RANK, Lora
 from tessel.config.run import RunConfig
 from tessel.errors import TesselError, UsageError
@@ -25,7 +23,7 @@ from tessel.train.source import Kind, Source, find_source
 
 @dataclass(frozen=True)
 class Adapting:
-    """What is trained is adapters: of this kind, beside the weights of `base`, starting from `stored` if there is one."""
+    """Adapters are trained: of this kind, beside the weights of `base`, starting from `stored` if there is one."""
 
     spec: AdapterSpec
     base: Source
@@ -73,7 +71,7 @@ def _spec(lora: Lora, stored: StoredAdapter | None) -> AdapterSpec:
     asked = AdapterSpec(rank, alpha, groups, lora.lora_dropout, lora.use_rslora)
     if stored is None:
         return asked
-    check_asked(stored, asked if names else None, lora.lora_r, lora.lora_alpha)
+    check_asked(stored, lora.lora_r, lora.lora_alpha, groups if names else None)
     return replace(stored.spec, dropout=lora.lora_dropout)
 
 
@@ -103,17 +101,7 @@ def load_adapters(
             weights = {f"model.{name}": parameter.detach() for name, parameter in held.items()}
             run_checkpoint.load_tensors(source.folder, source.iteration, tiled(weights, tiles))
         elif adapting.stored is not None:
-            for name, parameter in held.items():
-                _copy(parameter, tiles[name], adapting.stored.tensors[name])
+            fill_adapters(part, adapting.stored.tensors, tiles=tiles)
         else:
             own = {name: held_tile(parameter, tiles[name]) for name, parameter in held.items()}
             initialize_(part, config, 0.0, seed, own, only=own.keys())
-
-
-@torch.no_grad()
-def _copy(parameter: Tensor, tile: Tile, whole: Tensor) -> None:
-    part = part_of(parameter, tile)
-    if part.values.shape != local_of(parameter).shape:
-        local_of(parameter).zero_()
-    if part.values.numel():
-        part.values.copy_(whole[part.index()])

@@ -8,8 +8,9 @@ from tessel.layout.check import check_batch, check_copies, check_model, topology
 from tessel.layout.context import check_context
 from tessel.layout.topology import Topology
 from tessel.model.config import ModelConfig
+from tessel.runtime.files import require_writable
 from tessel.train.identity import model_differences
-from tessel.train.source import Kind, Source, asked_model
+from tessel.train.source import Kind, Source, asked_model, check_save
 
 
 def check_layout(cfg: RunConfig, model_config: ModelConfig, world_size: int) -> Topology:
@@ -56,4 +57,35 @@ def check_model_of_run(cfg: RunConfig, source: Source, model_config: ModelConfig
         raise UsageError(
             f"--save {source.folder} holds a run of another model ({'; '.join(differences)}). Use another --save, or "
             "--override to go on with the run's model all the same (--no-resume starts anew)."
+        )
+
+
+def check_folders(cfg: RunConfig) -> None:
+    """Where the run will write, before it spends time on anything else.
+
+    Raises:
+        TesselError: a folder cannot be written to, or holds what a run would overwrite.
+    """
+    if not cfg.batch.skip_train:
+        check_save(cfg.checkpoint)
+    for flag, folder in (
+        ("--data-cache-path", cfg.data.data_cache_path),
+        ("--tensorboard-dir", cfg.logging.tensorboard_dir),
+        ("--wandb-save-dir", cfg.logging.wandb_save_dir),
+    ):
+        if folder is not None:
+            require_writable(folder, flag)
+
+
+def check_length(cfg: RunConfig, model_config: ModelConfig) -> None:
+    """The model takes sequences of --seq-length.
+
+    Raises:
+        UsageError: it does not.
+    """
+    seq_length, longest = cfg.batch.seq_length, model_config.max_position_embeddings
+    if seq_length is not None and seq_length > longest:
+        raise UsageError(
+            f"--seq-length {seq_length} is more than the model's max_position_embeddings {longest} allows. "
+            "Lower it, or raise the value in config.json if the model is meant for longer text."
         )

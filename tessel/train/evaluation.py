@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -27,19 +27,24 @@ def never() -> bool:
 
 
 class Evaluator:
-    """Goes through the validation set from one evaluation to the next, as Megatron does."""
+    """Goes through the validation sets from one evaluation to the next, as Megatron does.
+
+    `valid` has them by what is added to "validation" in the log: nothing for a single one, "-NAME" for several.
+    """
 
     def __init__(
         self,
         cfg: RunConfig,
         learner: Learner,
-        valid: Loader | None,
+        valid: Mapping[str, Loader],
         test: Loader | None,
         sinks: Sequence[Sink],
         device: torch.device,
     ) -> None:
         self._learner = learner
-        self._loaders = {"validation": valid, "test": test}
+        self._loaders = {f"validation{suffix}": loader for suffix, loader in valid.items()}
+        if test is not None:
+            self._loaders["test"] = test
         self._sinks = sinks
         self._device = device
         self._micro_batch_size = cfg.batch.micro_batch_size
@@ -48,33 +53,38 @@ class Evaluator:
         self._whole_set = cfg.evaluation.full_validation
         self._by_micro_batch = cfg.finetune.reads_dialogues and not cfg.batch.calculate_per_token_loss
         self._has_an_end = cfg.data.dataloader_type != "cyclic"
-        self._consumed_samples = {"validation": 0, "test": 0}
+        self._consumed_samples = dict.fromkeys(self._loaders, 0)
 
     def resume(self, num_evaluations: int) -> None:
         """Go on after `num_evaluations` evaluations of an earlier start."""
-        self._consumed_samples["validation"] = num_evaluations * self._num_iters * self._global_batch_size
+        for split in self._consumed_samples:
+            if split != "test":
+                self._consumed_samples[split] = num_evaluations * self._num_iters * self._global_batch_size
 
     def validate(self, iteration: int, consumed_samples: int, stopped: Stopped = never) -> None:
-        """Evaluate on the validation set, print and log it; given up once `stopped()`."""
-        self._report("validation", f"iteration {iteration}", iteration, consumed_samples, VALIDATION, stopped)
+        """Evaluate on the validation sets, print and log it; given up once `stopped()`."""
+        self._report(f"iteration {iteration}", iteration, consumed_samples, VALIDATION, stopped)
 
     def final(self, iteration: int, consumed_samples: int, stopped: Stopped = never) -> None:
-        """After training: the validation set once more, then the test set; given up once `stopped()`."""
+        """After training: the validation sets once more, then the test set; given up once `stopped()`."""
         for split, kind in (("validation", FINAL_VALIDATION), ("test", TEST)):
-            where = f"iteration {iteration} on {split} set"
-            self._report(split, where, iteration, consumed_samples, kind, stopped)
+            self._report(f"iteration {iteration} on {split} set", iteration, consumed_samples, kind, stopped)
 
-    def _report(
-        self, split: str, where: str, iteration: int, consumed_samples: int, kind: str, stopped: Stopped
-    ) -> None:
-        loss = self._evaluate(split, stopped)
-        if loss is None:
-            return
-        for line in metrics.evaluation_lines(where, {LM_LOSS: loss}):
-            log(line)
-        values = metrics.evaluation_values({LM_LOSS: loss}, "test" if kind == TEST else "validation")
-        for sink in self._sinks:
-            sink.log(values, iteration, consumed_samples, kind)
+    def _report(self, where: str, iteration: int, consumed_samples: int, kind: str, stopped: Stopped) -> None:
+        values: dict[str, float] = {}
+        for name in self._loaders:
+            if (name == "test") != (kind == TEST):
+                continue
+            loss = self._evaluate(name, stopped)
+            if loss is None:
+                continue
+            suffix = "" if kind == TEST else name.removeprefix("validation")
+            for line in metrics.evaluation_lines(where, {LM_LOSS: loss}, suffix):
+                log(line)
+            values |= metrics.evaluation_values({LM_LOSS: loss}, name)
+        if values:
+            for sink in self._sinks:
+                sink.log(values, iteration, consumed_samples, kind)
 
     def _evaluate(self, split: str, stopped: Stopped) -> float | None:
         """Mean nll over loss-bearing tokens; None without data or iterations, or when cut short.
@@ -82,7 +92,7 @@ class Evaluator:
         The position in the set is then as after a whole evaluation, so that a run that goes on takes the next part.
         """
         loader = self._loaders[split]
-        if loader is None or self._num_iters == 0:
+        if self._num_iters == 0:
             return None
         parts, peers = self._learner.parts, self._learner.peers
         for part in parts:

@@ -179,9 +179,12 @@ def perplexity(loss: float) -> float:
     return math.exp(min(20, loss))
 
 
-def evaluation_lines(where: str, losses: Mapping[str, float]) -> list[str]:
-    """Megatron's three lines; `where` is "iteration 10", "iteration 30 on validation set" or "... on test set"."""
-    line = f" validation loss at {where} | "
+def evaluation_lines(where: str, losses: Mapping[str, float], suffix: str = "") -> list[str]:
+    """Megatron's three lines; `where` is "iteration 10", "iteration 30 on validation set" or "... on test set".
+
+    `suffix` tells several validation sets apart, such as "-0".
+    """
+    line = f" validation{suffix} loss at {where} | "
     for name, loss in losses.items():
         line += f"{name} value: {loss:.6E} | {name} PPL: {perplexity(loss):.6E} | "
     rule = "-" * (len(line) + 1)

@@ -18,20 +18,20 @@ from tessel.data.build import Splits, build_datasets, num_samples_for
 from tessel.data.check import check_dataset
 from tessel.data.loader import Loader
 from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
-from tessel.errors import TesselError, UsageError
+from tessel.errors import TesselError
 from tessel.layout.topology import Topology
 from tessel.model.config import ModelConfig
 from tessel.parallel.groups import Groups
 from tessel.runtime import device as devices
 from tessel.runtime import random as random_state
-from tessel.runtime.files import require_writable
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import Processes, on_every_node, process_group
 from tessel.runtime.team import Team
 from tessel.runtime.world import World
 from tessel.train import foreign, frugal
+from tessel.train.adapting import Adapting, adapting, identity_of
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
-from tessel.train.checks import check_dialogues, check_layout, check_model_of_run
+from tessel.train.checks import check_dialogues, check_folders, check_layout, check_length, check_model_of_run
 from tessel.train.evaluation import Evaluator
 from tessel.train.flops import flops_per_token
 from tessel.train.formats import check_formats, formats_of
@@ -42,7 +42,7 @@ from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler, build_schedules
 from tessel.train.setup import build_learner, compute_dtype, groups_of, largest_gradient, model_config_of
 from tessel.train.sinks import build_sinks, check_packages
-from tessel.train.source import Kind, Source, agreed, asked_model, check_save, find_source
+from tessel.train.source import Kind, Source, agreed, asked_model, find_source
 from tessel.train.step import TrainStep
 from tessel.train.trainer import Parts, Position, Trainer, metrics_path
 
@@ -67,6 +67,8 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
         if world.world_size > 1:
             log(f"layout: {found.topology.describe()}")
         log(found.source.describe())
+        if found.adapting is not None:
+            log(found.adapting.describe())
         batch_size = batch_size_of(cfg.batch, found.topology.dp)
         train_iters = cfg.batch.train_iters or train_iters_for(cfg.batch.train_samples or 0, batch_size)
         groups = groups_of(cfg, found.topology, found.model_config, device)
@@ -84,23 +86,27 @@ class _Found:
     model_config: ModelConfig
     topology: Topology
     tokenizer: Tokenizer
+    adapting: Adapting | None = None
 
 
 def _find(cfg: RunConfig, given: frozenset[str], world: World) -> _Found:
     """Read what the flags name, as far as there is something to refuse in it; nothing large, no other process."""
     check_dialogues(cfg)
-    _check_folders(cfg)
+    check_folders(cfg)
     check_packages(cfg.logging)
     source = find_source(cfg.checkpoint, cfg.model)
     model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
     check_model_of_run(cfg, source, model_config)
     model_config = model_config.with_router_options(cfg.experts, given)
-    _check_length(cfg, model_config)
+    adapters = adapting(cfg, source, model_config)
+    if adapters is not None:
+        model_config = replace(model_config, adapters=adapters.spec)
+    check_length(cfg, model_config)
     topology = check_layout(cfg, model_config, world.world_size)
     check_formats(cfg, model_config)
     tokenizer = load_tokenizer(cfg.tokenizer, source.model_folder, cfg.model.vocab_size)
     check_fits(tokenizer, model_config.vocab_size)
-    return _Found(source, model_config, topology, tokenizer)
+    return _Found(source, model_config, topology, tokenizer, adapters)
 
 
 def _teams(cfg: RunConfig, processes: Processes) -> tuple[Team, Team]:
@@ -113,31 +119,9 @@ def _splits(cfg: RunConfig, found: _Found, train_iters: int, processes: Processe
     """The data; one process (of each node, without shared storage) tokenizes and builds what the others then read."""
     with processes.first("tokenizing and indexing the data", per_node=cfg.launch.no_shared_storage):
         splits = build_datasets(cfg, found.tokenizer, num_samples_for(cfg, train_iters))
-        for dataset in splits:
-            check_dataset(dataset, found.model_config.vocab_size)
+        for dataset in splits.by_name().values():
+            check_dataset(dataset, found.model_config.vocab_size, found.tokenizer)
     return splits
-
-
-def _check_folders(cfg: RunConfig) -> None:
-    """Where the run will write, before it spends time on anything else."""
-    if not cfg.batch.skip_train:
-        check_save(cfg.checkpoint)
-    for flag, folder in (
-        ("--data-cache-path", cfg.data.data_cache_path),
-        ("--tensorboard-dir", cfg.logging.tensorboard_dir),
-        ("--wandb-save-dir", cfg.logging.wandb_save_dir),
-    ):
-        if folder is not None:
-            require_writable(folder, flag)
-
-
-def _check_length(cfg: RunConfig, model_config: ModelConfig) -> None:
-    seq_length, longest = cfg.batch.seq_length, model_config.max_position_embeddings
-    if seq_length is not None and seq_length > longest:
-        raise UsageError(
-            f"--seq-length {seq_length} is more than the model's max_position_embeddings {longest} allows. "
-            "Lower it, or raise the value in config.json if the model is meant for longer text."
-        )
 
 
 def _layout_of(cfg: RunConfig, topology: Topology, processes: Processes) -> dict[str, Any]:
@@ -169,14 +153,21 @@ class _Run:
         self._device = device
         self._processes = processes
         self._stack = stack
+        self._adapting = found.adapting
         self._identity = run_identity(cfg, found.model_config, splits)
+        if found.adapting is not None:
+            self._identity["model"]["adapters"] = identity_of(found.adapting.spec)
         self._saved_state = self._read_saved_state()
-        self._learner: Learner = build_learner(cfg, found.model_config, self._source, device, groups, stack)
+        self._learner: Learner = build_learner(
+            cfg, found.model_config, self._source, device, groups, stack, self._adapting
+        )
         self._scheduler = self._build_scheduler()
 
     def _read_saved_state(self) -> dict[str, Any] | None:
         """The state of the checkpoint that the run goes on from; refused if it is of another run."""
         source = self._source
+        if self._adapting is not None and source.kind is not Kind.RESUME:
+            return None  # its model is where adapters start, and not a run that goes on
         if source.kind is Kind.FOREIGN:
             assert source.stored is not None
             return self._foreign_state(source.stored)
@@ -250,7 +241,7 @@ class _Run:
             if reason is None:
                 reason = trainer.finish()
         if cfg.checkpoint.save and reason is None and not cfg.batch.skip_train:
-            saver.export(Path(cfg.checkpoint.save) / run_checkpoint.EXPORT_FOLDER)
+            saver.export_trained()
 
     def _parts(
         self, batch_size: BatchSize, train_iters: int, evaluator: Evaluator, saver: RunSaver, sinks: list[Any]
@@ -301,7 +292,10 @@ class _Run:
         return self._stack.enter_context(loader)
 
     def _evaluator(self, sinks: list[Any], position: Position) -> Evaluator:
-        valid, test = (None if split is None else self._loader(split) for split in self._splits[1:])
+        by_name = self._splits.by_name()
+        loaders = {name: self._loader(data) for name, data in by_name.items() if data is not None and name != "train"}
+        test = loaders.pop("test", None)
+        valid = {name.removeprefix("valid"): loader for name, loader in loaders.items()}
         evaluator = Evaluator(self._cfg, self._learner, valid, test, sinks, self._device)
         interval = self._cfg.evaluation.eval_interval
         if interval and position.iteration:
@@ -310,6 +304,9 @@ class _Run:
 
     def _saver(self, resumed: Position | None) -> RunSaver:
         description = {"identity": self._identity, "config": self._cfg.to_dict(), "layout": self._layout}
+        if self._adapting is not None:
+            base = self._adapting.base.folder
+            description["adapters"] = {"base": None if base is None else str(base.absolute())}
         return RunSaver(
             self._cfg.checkpoint,
             self._learner,

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessel.checkpoint import huggingface, run_formats
+from tessel.checkpoint import adapters, huggingface, run_formats
 from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.gather import write_whole
 from tessel.checkpoint.run_formats import HUGGING_FACE, OWN, Formats
 from tessel.checkpoint.stored import Target
 from tessel.checkpoint.tiles import tiled
 from tessel.config.run import Checkpoint
+from tessel.layout.adapters import AdapterSpec, is_adapter
 from tessel.model.config import ModelConfig
 from tessel.model.mixture import beyond_the_family
 from tessel.runtime import random as random_state
@@ -78,7 +79,8 @@ class RunSaver:
         if iteration == self._saved_iteration and HUGGING_FACE in self._formats.names:
             return  # it is there, or on its way
         if self._folder is not None and self._flags.save_hf_interval and iteration % self._flags.save_hf_interval == 0:
-            self.export(self._folder / f"hf_{iteration:07d}")
+            suffix = f"_{iteration:07d}"
+            self._export(suffix)
 
     def before_exit(self, iteration: int, consumed_samples: int) -> None:
         """Save the last iteration, and wait until it is on disk."""
@@ -150,6 +152,28 @@ class RunSaver:
 
     def _write_hf_metadata(self, folder: Path, config: ModelConfig) -> None:
         huggingface.write_metadata(folder, config, self._learner.dtype, self._side_files)
+
+    def export_trained(self) -> None:
+        """Write what has been trained for other tools: the model's Hugging Face folder, or PEFT's of the adapters."""
+        self._export("")
+
+    def _export(self, suffix: str) -> None:
+        assert self._folder is not None
+        if self._learner.adapters is None:
+            self.export(self._folder / f"{run_checkpoint.EXPORT_FOLDER}{suffix}")
+        else:
+            self._export_adapters(self._folder / f"{adapters.EXPORT_FOLDER}{suffix}", self._learner.adapters)
+
+    def _export_adapters(self, folder: Path, spec: AdapterSpec) -> None:
+        base = self._description["adapters"]["base"]
+        tiles = {name: tile for name, tile in self._learner.tiles.items() if is_adapter(name)}
+
+        def write(weights: Iterator[tuple[str, Tensor]]) -> None:
+            adapters.write_peft(folder, weights, spec, base, self._side_files)
+
+        with unlimited("writing the adapter"):
+            write_whole(self._learner.weights(), tiles, torch.float32, write, self._team)
+        log(f"wrote the adapter {folder}, as peft opens it; tessel merge puts it into the model")
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder in the precision of training, on the first process, and say so."""
