@@ -53,8 +53,8 @@ class ModelConfig:
 
     A mixture has `num_experts` in each layer but the `dense_layers`, and `num_experts_per_tok` of them see a
     token; `norm_topk_prob` says whether their weights add up to 1. A shared expert, of an inner width above 0,
-    sees every token. `expert_bias`, of every layer and expert, is added to scores when experts are chosen. `adapters` are no part of the
-    model, but what is learned beside it.
+    sees every token. `expert_bias`, of every layer and expert, is added to scores when experts are chosen.
+    `adapters` are no part of the model, but what is learned beside it.
     """
 
     family: str
