@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessel.data.readers import check_inputs, parse_rows, read_blocks
-from tessel.data.rows import Row
+from tessel.data.rows import BadRow, Row
 from tessel.errors import TesselError, UsageError
 from tessel.runtime.log import log
 
@@ -55,7 +55,8 @@ def first_rows(cfg: PreprocessConfig, columns: Sequence[str] | None = None) -> I
     num_rows = 0
     for path in check_inputs(cfg.input, None, cfg.compatible):
         for block in read_blocks(path, _BLOCK_BYTES, columns, null_words=cfg.compatible == "mindspeed"):
-            for row in parse_rows(block, columns, [] if cfg.on_error == "skip" else None):
+            bad: list[BadRow] | None = [] if cfg.on_error == "skip" else None
+            for row in parse_rows(block, columns, bad, lists=cfg.compatible == "pai-sft"):
                 num_rows += 1
                 yield row
     if not num_rows:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tessel.data.encoding import RowError
+from tessel.data.encoding import Encoded, RowError
 from tessel.data.instruct.detect import first_rows, with_handler
 from tessel.data.instruct.handlers import instruction_encoder
+from tessel.data.instruct.pai import pai_encoder
 from tessel.data.instruct.pieces import Pieces
 from tessel.data.instruct.shorten import IGNORED
 from tessel.data.tokenizer import load_tokenizer
@@ -44,9 +45,13 @@ def preview(cfg: PreprocessConfig) -> None:
 
     tokenizer = load_tokenizer(cfg.tokenizer)
     cfg = with_handler(cfg)
-    encoder = instruction_encoder(cfg, tokenizer)
-    vocabulary = encoder.vocabulary  # type: ignore[attr-defined]
-    pieces = Pieces(tokenizer, vocabulary.added)
+    encoder: Any
+    if cfg.compatible == "pai-sft":
+        encoder, added = pai_encoder(cfg, tokenizer), {}
+    else:
+        encoder = instruction_encoder(cfg, tokenizer)
+        added = encoder.vocabulary.added
+    pieces = Pieces(tokenizer, added)
     console = Console(highlight=False, soft_wrap=True)
     limit = cfg.seq_length
     shown = 0
@@ -73,7 +78,10 @@ def samples(cfg: PreprocessConfig, encoder: Any) -> Iterator[Shown]:
         for left_out in getattr(encoder, "left_out", ()):
             log(f"row {row.number}: {left_out.reason}")
         arrays = {key.removeprefix("packed_"): part.tokens for key, part in zip(encoder.outputs, encoded, strict=True)}
-        parts = list(_parts(row.number, arrays))
+        if cfg.compatible == "pai-sft":
+            parts = [_record(row.number, record) for record in np.split(*_cuts(encoded[0])) if len(record)]
+        else:
+            parts = list(_parts(row.number, arrays))
         yield from parts
         num_rows += bool(parts)
         if num_rows == cfg.preview:
@@ -88,6 +96,19 @@ def _parts(number: int, arrays: dict[str, np.ndarray]) -> Iterator[Shown]:
         labels = arrays.get(f"{side}labels", np.full(len(ids), IGNORED))
         title = f"row {number}" + (f", {side.removesuffix('_')}" if side else "")
         yield Shown(title, ids.tolist(), (labels != IGNORED).tolist())
+
+
+def _cuts(part: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all sequences, and where one ends and the next begins."""
+    return part.tokens, np.cumsum(part.lengths)[:-1]
+
+
+def _record(number: int, record: np.ndarray) -> Shown:
+    """A record of Pai's: tokens, the last of each dialogue as -1 - id, and labels that are shifted already."""
+    tokens, labels = np.split(record, 2)
+    end = int(np.flatnonzero(tokens < 0)[-1]) + 1
+    trained = np.concatenate([[False], labels[: end - 1] != IGNORED])
+    return Shown(f"row {number}", np.where(tokens < 0, -1 - tokens, tokens)[:end].tolist(), trained.tolist())
 
 
 def show(sample: Shown, pieces: Pieces, console: Console) -> None:

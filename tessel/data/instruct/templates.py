@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tessel.config.nearest import nearest
-from tessel.data.instruct.templates_json import from_templates_json
+from tessel.data.instruct.templates_json import from_templates_json, shown
 from tessel.data.instruct.tools import TOOL_FORMATS
 from tessel.errors import TesselError, UsageError
 
@@ -157,7 +157,8 @@ def load_template(path: str | Path, name: str | None = None) -> Template:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TesselError(f"--prompt-type-path {path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:
+        # PyYAML raises nearly anything for a value that is not of the type that its tag says.
         problem = " ".join(str(error).split()) or type(error).__name__
         raise TesselError(f"--prompt-type-path {path} is no YAML or JSON: {problem}.") from error
     where = f"--prompt-type-path {path}"
@@ -176,13 +177,13 @@ def load_template(path: str | Path, name: str | None = None) -> Template:
 def _template(name: Any, entry: Any, where: str, bases: Mapping[str, Template]) -> Template:
     """A checked template from the fields of its entry; `base` names one of `bases` to begin with."""
     if not isinstance(name, str) or not name:
-        raise TesselError(f"{where}: name {name!r} must be text.")
+        raise TesselError(f"{where}: name {shown(name)} must be text.")
     if not isinstance(entry, Mapping):
         raise TesselError(f"{where}: {_kind_of(entry)} instead of a mapping of fields such as user and assistant.")
     base_name = entry.get("base")
     if base_name is not None and (not isinstance(base_name, str) or base_name not in bases):
         known = f"; known are {', '.join(bases)}" if bases else ""
-        raise TesselError(f"{where}: base {base_name!r} is no prompt type{known}.")
+        raise TesselError(f"{where}: base {shown(base_name)} is no prompt type{known}.")
     base = replace(bases[base_name], origin="") if base_name is not None else Template(name)
     values = {key: _value(key, value, where) for key, value in entry.items() if key != "base"}
     template = replace(base, name=name, **values)
@@ -216,10 +217,10 @@ def _value(key: Any, value: Any, where: str) -> Any:
     else:
         fields = [*ROLES, *(f for f in Template.__dataclass_fields__ if f not in ROLES), "base"]
         close = nearest(str(key), fields, similarity=0.5)
-        raise TesselError(f"{where}: unknown field {key!r}; " + (f"did you mean {close[0]}?" if close else
+        raise TesselError(f"{where}: unknown field {shown(key)}; " + (f"did you mean {close[0]}?" if close else
                           f"the fields are {', '.join(fields)}."))  # fmt: skip
     if not fits:
-        raise TesselError(f"{where}: {key} is {value!r}; it must be {expected}.")
+        raise TesselError(f"{where}: {key} is {shown(value)}; it must be {expected}.")
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -252,10 +253,10 @@ def _slot(role: str, item: Any, where: str) -> Slot:
         if kind == "special" and value in ("eos", "bos"):
             return Special(value)
     raise TesselError(
-        f"{where}: {role} holds the slot {item!r}; a slot is text, {{token: NAME}}, {{special: eos}} or "
+        f"{where}: {role} holds the slot {shown(item)}; a slot is text, {{token: NAME}}, {{special: eos}} or "
         "{special: bos}."
     )
 
 
 def _kind_of(value: Any) -> str:
-    return {list: "a list", dict: "a mapping", str: "text", type(None): "nothing"}.get(type(value), f"{value!r}")
+    return {list: "a list", dict: "a mapping", str: "text", type(None): "nothing"}.get(type(value), shown(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,11 @@ _KINDS = {
 _SPECIALS = {"bos_token": "bos", "eos_token": "eos"}
 _ROLES = ("user", "assistant", "system", "function", "observation", "separator", "prefix")
 _SAME = ("default_system", "stop_words", "efficient_eos", "replace_eos", "thought_words")
+
+
+def shown(value: Any) -> str:
+    """A value of a file for a message, however large it is."""
+    return repr(value) if isinstance(value, str) and len(value) < 100 else reprlib.repr(value)
 
 
 def from_templates_json(entries: Sequence[Any], name: str | None, where: str) -> dict[str, Any]:
@@ -55,11 +61,13 @@ def _translated(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif key in _SAME:
             values[key] = value
         elif key == "template_class":
-            if value not in _KINDS:
-                raise TesselError(f"{where}: template_class {value!r} is not known; known are {', '.join(_KINDS)}.")
+            if not isinstance(value, str) or value not in _KINDS:
+                raise TesselError(
+                    f"{where}: template_class {shown(value)} is not known; known are {', '.join(_KINDS)}."
+                )
             values["kind"] = _KINDS[value]
         else:
-            raise TesselError(f"{where}: field {key!r} is not known.")
+            raise TesselError(f"{where}: field {shown(key)} is not known.")
     if str(entry["name"]).startswith("llama2"):
         values.setdefault("kind", "llama2")
     return values
@@ -68,7 +76,7 @@ def _translated(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _slots(role: str, value: Any, where: str) -> list[Any]:
     slots = value.get("slots") if isinstance(value, Mapping) else None
     if not isinstance(slots, list):
-        raise TesselError(f'{where}: format_{role} is {value!r}; it must be {{"slots": [...]}}.')
+        raise TesselError(f'{where}: format_{role} is {shown(value)}; it must be {{"slots": [...]}}.')
     return [_slot(slot) for slot in slots]
 
 
@@ -86,5 +94,5 @@ def _tool_format(value: Any, where: str) -> str:
     if isinstance(name, list) and all(isinstance(part, str) for part in name):
         name = "".join(name)
     if not isinstance(name, str):
-        raise TesselError(f"{where}: format_tools is {value!r}; it must name a format of tools.")
+        raise TesselError(f"{where}: format_tools is {shown(value)}; it must name a format of tools.")
     return name

@@ -58,6 +58,17 @@ def test_preview_of_preferences_and_of_long_samples(
     assert "row 1, chosen: " in out and "row 1, rejected: " in out and "do not fit --seq-length 4" in out
 
 
+def test_preview_of_pai_records(chat_tokenizer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The role that begins the answer is trained there, too; a hand-made pack is one record."""
+    row = {"instruction": "hi", "input": "", "output": "ok"}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([row, [row, row]]))
+    preview(chat_tokenizer(), str(path), "--compatible", "pai-sft", "--seq-length", "64", "--preview", "2")
+    out = capsys.readouterr().out
+    one = "<|im_start|>user↵\nhi<|im_end|>↵\n⟦<|im_start|>assistant↵\nok<|im_end|>↵\n⟧"
+    assert out.count(one) == 3 and "row 2: " in out
+
+
 def test_preview_names_the_row_that_is_wrong(
     chat_tokenizer: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

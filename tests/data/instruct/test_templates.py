@@ -95,6 +95,8 @@ def test_a_users_yaml(tmp_path: Path) -> None:
         ({"default_system": None}, "it must be text"),
         ({"base": "qwen9"}, "base 'qwen9' is no prompt type; known are qwen"),
         ({"name": 7}, "name 7 must be text"),
+        ("!!timestamp x", "is no YAML or JSON"),
+        ("a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nuser: [*b, *b]\n", "unknown field 'a'"),
         ({"kind": "llama2", "system": [{"token": "x"}, "{{content}}"]}, "one text slot"),
     ],
 )
