@@ -28,6 +28,8 @@ _HF_KEYS = (
     "rope_scaling rope_theta router_aux_loss_coef shared_expert_intermediate_size sliding_window tie_word_embeddings "
     "torch_dtype use_cache use_sliding_window vocab_size"
 ).split()
+# How a sentence on the vocabulary begins.
+OF_VOCABULARY = "The vocabulary is taken"
 _POSITIVE = ("hidden_size", "kv_channels", "num_attention_heads", "num_layers", "num_query_groups")
 _ROUTER = ("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor")
 
@@ -123,7 +125,12 @@ def _guesses(args: Mapping[str, Any], config: ModelConfig) -> tuple[str, ...]:
             "own."
         )
     if args.get("vocab_size") is None:
-        said.append(f"The vocabulary is taken to have {config.vocab_size} entries, its padding included.")
+        said.append(f"{OF_VOCABULARY} to have {config.vocab_size} entries, its padding included.")
+    elif args.get("tokenizer_type") == "NullTokenizer":
+        said.append(
+            f"{OF_VOCABULARY} to have {config.vocab_size} entries: args.vocab_size, and the end of documents that "
+            "Megatron's NullTokenizer adds; the rest of the rows is padding."
+        )
     return tuple(said)
 
 

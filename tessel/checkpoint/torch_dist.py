@@ -19,7 +19,7 @@ from typing import Any
 from tessel.checkpoint import companion, torch_file
 from tessel.checkpoint.dcp_files import METADATA, DcpFolder, damaged, read_folder
 from tessel.checkpoint.fused import alone
-from tessel.checkpoint.mcore_args import config_of
+from tessel.checkpoint.mcore_args import OF_VOCABULARY, config_of
 from tessel.checkpoint.mcore_names import EMBEDDING_KEY, HEAD_KEY, Entry
 from tessel.checkpoint.megatron_folder import Iteration, companions, find_iteration
 from tessel.checkpoint.stored import StoredModel, StoredTensor
@@ -161,7 +161,8 @@ def _config(
     embedding = found.tensors.get(EMBEDDING_KEY)
     if embedding is not None and len(embedding.shape) == 2 and embedding.shape[0] < config.vocab_size:
         config = replace(config, vocab_size=embedding.shape[0])
-        guessed += (f"The vocabulary is taken to have {config.vocab_size} entries, the rows of the embedding.",)
+        guessed = tuple(line for line in guessed if not line.startswith(OF_VOCABULARY))
+        guessed += (f"{OF_VOCABULARY} to have {config.vocab_size} entries, the rows of the embedding.",)
     return config, guessed, {}
 
 
