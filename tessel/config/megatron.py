@@ -126,8 +126,8 @@ ACCEPTED: dict[str, Accepted] = {
         "--moe-enable-deepep"
     )),
     **_accepted("data is memory-mapped and indexed in one pass", (
-        "--num-dataset-builder-threads=1 --no-mmap-bin-files --dataloader-fast-cache-load "
-        "--dataloader-defer-npy-index-mmap --dataset-impl=1"
+        "--no-mmap-bin-files --dataloader-fast-cache-load "
+        "--dataloader-defer-npy-index-mmap --dataset-impl=1 --per-dataset-sequences-path=1"
     )),
     **_accepted("timers cost nothing to speak of and are always on", (
         "--timing-log-level=1 --timing-log-option=1 --no-barrier-with-level-1-timing --train-sync-interval=1"
@@ -220,11 +220,14 @@ LATER: dict[str, str] = {
         "--error-injection-rate --error-injection-type --config-logger-dir --run-workload-inspector-server "
         "--workload-inspector-server-port --adlr-autoresume --adlr-autoresume-interval --s3-cache-path "
         "--object-storage-cache-path --eval-global-batch-size --eval-micro-batch-size --start-eval-at-iter "
-        "--multiple-validation-sets --phase-transition-iterations --per-dataset-sequences-path "
-        "--validation-set-names --record-memory-history --freeze-all-layers --no-weight-decay-cond-type "
+        "--record-memory-history --freeze-all-layers --no-weight-decay-cond-type "
         "--verify-integrity --gpu-sniff-test-interval --throughput-window-size --override-ckpt-iteration "
         "--load-main-params-from-ckpt --memory-snapshot-path"
     )),
+    "--phase-transition-iterations": (
+        "phases of data in one run; end it there with --exit-interval, and go on from it with the next data by "
+        "--load DIR --override"
+    ),
     **_later("other formats of checkpoints", (
         "--ckpt-convert-format --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format --replication "
         "--replication-jump --replication-factor"

@@ -210,6 +210,15 @@ class Data:
     split: str | None = option(None, "shares of training, validation and test; 969,30,1 if not given", metavar="SHARES")
     data_cache_path: str | None = option(None, "folder for index caches and preprocessed raw text", metavar="DIR")
     mid_level_dataset_surplus: float = option(0.005, "extra samples built of each dataset of a blend")
+    multiple_validation_sets: bool = option(
+        False, "evaluate each dataset that is named for validation apart, with a loss of its own"
+    )
+    validation_set_names: tuple[str, ...] | None = option(
+        None, "names of these datasets in the log, in their order; 0, 1, ... if not given", nargs="+", metavar="NAME"
+    )
+    num_dataset_builder_threads: int = option(
+        0, "threads that index the datasets of a blend; 0: as many as there are cores, up to 8"
+    )
     eod_mask_loss: bool = option(False, "no loss where the input is an end-of-document token")
     reset_position_ids: bool = option(False, "positions restart after each end of document")
     reset_attention_mask: bool = option(False, "no attention across an end of document")

@@ -5,8 +5,10 @@ Source of the rules: megatron-core's blended_megatron_dataset_builder.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from tessel.config.run import Tokenizer as TokenizerSection
 from tessel.data.blend import Blend, BlendedDataset, Part, normalize, share_sizes
 from tessel.data.cache import IndexCache
 from tessel.data.indexed import IndexedDataset, strip_suffix
-from tessel.data.paths import is_raw_text, read_sources
+from tessel.data.paths import Sources, is_raw_text, read_sources
 from tessel.data.samples import NO_PAD, GPTDataset, SampleOptions, resolve_pad_id
 from tessel.data.split import DEFAULT_SPLIT, SPLITS, num_samples_for, split_bounds
 from tessel.errors import TesselError, UsageError
@@ -24,19 +26,35 @@ from tessel.runtime.log import log, warn_once
 if TYPE_CHECKING:
     from tessel.data.tokenizer import Tokenizer
 
-__all__ = ["Dataset", "Splits", "build_datasets", "build_splits", "num_samples_for", "sample_options"]
+__all__ = ["Dataset", "Splits", "ValidationSets", "build_datasets", "build_splits", "num_samples_for", "sample_options"]
 
 Dataset = Part | BlendedDataset
 NumSamples = tuple[int | None, int | None, int | None]
 Bounds = Sequence[tuple[int, int] | None]
+_VALID = SPLITS.index("valid")
+_MOST_THREADS = 8
+
+
+class ValidationSets(NamedTuple):
+    """Validation sets that are evaluated apart, and their names in the log."""
+
+    names: tuple[str, ...]
+    datasets: tuple[Dataset, ...]
 
 
 class Splits(NamedTuple):
     """The datasets of a run; None where the data leaves a split empty."""
 
     train: Dataset | None
-    valid: Dataset | None
+    valid: Dataset | ValidationSets | None
     test: Dataset | None
+
+    def by_name(self) -> dict[str, Dataset | None]:
+        """All datasets: train, valid and test, or valid-NAME for each of several validation sets."""
+        if not isinstance(self.valid, ValidationSets):
+            return {"train": self.train, "valid": self.valid, "test": self.test}
+        sets = {f"valid-{name}": dataset for name, dataset in zip(*self.valid, strict=True)}
+        return {"train": self.train, **sets, "test": self.test}
 
 
 def build_datasets(cfg: RunConfig, tokenizer: Tokenizer | None, num_samples: NumSamples) -> Splits:
@@ -51,7 +69,7 @@ def build_datasets(cfg: RunConfig, tokenizer: Tokenizer | None, num_samples: Num
     if cfg.batch.seq_length is None:
         raise UsageError("--seq-length is missing: it says how many tokens a sample has.")
     splits = splits_of(cfg, tokenizer, num_samples)
-    for name, dataset in zip(SPLITS, splits, strict=True):
+    for name, dataset in splits.by_name().items():
         log(f"{name} data: {summary(dataset) if dataset is not None else 'none'}")
     return splits
 
@@ -59,6 +77,8 @@ def build_datasets(cfg: RunConfig, tokenizer: Tokenizer | None, num_samples: Num
 def splits_of(cfg: RunConfig, tokenizer: Tokenizer | None, num_samples: NumSamples) -> Splits:
     """The datasets of a run, of text or of dialogues; says nothing but what came from a cache."""
     if cfg.finetune.reads_dialogues:
+        if cfg.data.multiple_validation_sets:
+            raise UsageError("--multiple-validation-sets is for plain text; leave it out for dialogues.")
         from tessel.data.instruct.build import build_dialogues
 
         if tokenizer is None:
@@ -107,18 +127,50 @@ def build_splits(data: Data, options: SampleOptions, tokenizer: Tokenizer | None
     """The datasets that the data flags name; says nothing but what came from a cache."""
     sources = read_sources(data)
     builder = _Builder(data, options, tokenizer)
+    apart = _validation_blends(data, sources)
+    built: list[Dataset | None]
     if sources.shared is not None:
         built = builder.build(sources.shared, data.split or DEFAULT_SPLIT, num_samples)
     else:
         built = [None] * len(SPLITS)
         for i, blend in enumerate(sources.per_split):
-            if blend is not None:
+            if blend is not None and not (apart and i == _VALID):
                 only = ",".join("1" if j == i else "0" for j in range(len(SPLITS)))
                 # With a path of its own, a single dataset's weight means nothing.
                 alone = Blend(blend.paths, None) if len(blend.paths) == 1 else blend
                 built[i] = builder.build(alone, only, num_samples)[i]
+    valid = builder.validation_sets(apart, num_samples[_VALID]) if apart else built[_VALID]
     builder.cache.report()
-    return Splits(*built)
+    return Splits(built[0], valid, built[2])
+
+
+def _validation_blends(data: Data, sources: Sources) -> dict[str, Blend]:
+    """The validation sets that are to be evaluated apart, by name; none if they are not.
+
+    Raises:
+        UsageError: --multiple-validation-sets with data that it does not fit, or names that do not fit it.
+    """
+    names = data.validation_set_names
+    if not data.multiple_validation_sets:
+        if names is not None:
+            raise UsageError("--validation-set-names names the sets of --multiple-validation-sets: give that, too.")
+        return {}
+    blend = None if sources.shared is not None else sources.per_split[_VALID]
+    if blend is None:
+        raise UsageError(
+            "--multiple-validation-sets needs the sets one by one: give --train-data-path and --valid-data-path, "
+            "or --per-split-data-args-path."
+        )
+    if blend.weights is not None:
+        raise UsageError("--multiple-validation-sets evaluates each set by itself: give their paths without weights.")
+    if names is None:
+        names = tuple(str(i) for i in range(len(blend.paths)))
+    if len(names) != len(blend.paths) or len(set(names)) < len(names):
+        raise UsageError(
+            f"--validation-set-names: {len(names)} names, {len(set(names))} of them different, for {len(blend.paths)} "
+            "validation sets; give each set a name of its own."
+        )
+    return {name: Blend((path,), None) for name, path in zip(names, blend.paths, strict=True)}
 
 
 def summary(dataset: Dataset) -> str:
@@ -151,6 +203,18 @@ class _Builder:
             bounds = split_bounds(split, len(indexed[0]))
             return [self._split_dataset(indexed[0], bounds, i, size) for i, size in enumerate(num_samples)]
         return [self._blend_split(indexed, blend.weights, split, i, size) for i, size in enumerate(num_samples)]
+
+    def validation_sets(self, blends: Mapping[str, Blend], size: int | None) -> ValidationSets:
+        """One dataset of each; none may be without a sample."""
+        built = {name: self.build(blend, "0,1,0", (0, size, 0))[_VALID] for name, blend in blends.items()}
+        datasets = tuple(dataset for dataset in built.values() if dataset is not None)
+        if len(datasets) < len(built):
+            empty = next(name for name, dataset in built.items() if dataset is None)
+            raise TesselError(
+                f"The validation set {blends[empty].paths[0]} holds no sample of {self._options.seq_length} tokens. "
+                "Leave it out, or give it more data."
+            )
+        return ValidationSets(tuple(built), datasets)
 
     def _open(self, path: str) -> IndexedDataset:
         if path not in self._opened:
@@ -256,17 +320,24 @@ class _Builder:
             )
         weights = normalize(given_weights)
         built_sizes = share_sizes(weights, size, self._data.mid_level_dataset_surplus)
-        parts = [
-            self._gpt_dataset(part, span, split, built)
-            for part, span, built in zip(indexed, present, built_sizes, strict=True)
-        ]
+        parts = self._in_parallel(
+            lambda part, span, built: self._gpt_dataset(part, span, split, built), indexed, present, built_sizes
+        )
         return self._blend(parts, weights, sum(share_sizes(weights, size)), name)
+
+    def _in_parallel(self, build: Callable[..., GPTDataset], *items: Sequence[Any]) -> list[GPTDataset]:
+        """What `build` makes of each of the items, by several threads."""
+        wanted = self._data.num_dataset_builder_threads or min(os.cpu_count() or 1, _MOST_THREADS)
+        if min(wanted, len(items[0])) < 2:
+            return list(map(build, *items))
+        with ThreadPoolExecutor(min(wanted, len(items[0])), "index") as pool:
+            return list(pool.map(build, *items))
 
     def _blend_by_length(
         self, indexed: Sequence[IndexedDataset], spans: Sequence[tuple[int, int]], split: int, size: int | None
     ) -> Dataset | None:
         """Without weights: one epoch of each, in proportion to their samples."""
-        parts = [self._gpt_dataset(part, span, split, None) for part, span in zip(indexed, spans, strict=True)]
+        parts = self._in_parallel(lambda part, span: self._gpt_dataset(part, span, split, None), indexed, spans)
         lengths = [len(part) for part in parts]
         if not sum(lengths):
             self._check_length(parts, 0, size)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessel.config.run import Batch, RunConfig
 from tessel.data.blend import BlendedDataset
-from tessel.data.build import Dataset, Splits, build_splits, sample_options, summary
+from tessel.data.build import Dataset, Splits, ValidationSets, build_splits, sample_options, summary
 from tessel.data.sampler import SampleOrder, sample_ids
 from tessel.data.samples import GPTDataset, Piece, Sample
 from tessel.data.split import SPLITS, num_samples_for
@@ -117,7 +117,9 @@ def _tokenizer(run: RunConfig) -> Tokenizer | None:
 
 
 def _split(splits: Splits, name: str) -> Dataset:
-    dataset: Dataset | None = getattr(splits, name)
+    dataset: Dataset | ValidationSets | None = getattr(splits, name)
+    if isinstance(dataset, ValidationSets):
+        raise UsageError("--multiple-validation-sets: name the one to look at alone by --valid-data-path, without it.")
     if dataset is None:
         raise TesselError(f"--split-name {name}: the data gives it no sample; see --split and --{name}-data-path.")
     return dataset

@@ -9,7 +9,7 @@ import pytest
 
 from tessel.config.run import Batch, Data, Evaluation, Precision, RunConfig, Tokenizer
 from tessel.data.blend import BlendedDataset
-from tessel.data.build import build_datasets
+from tessel.data.build import ValidationSets, build_datasets
 from tessel.data.check import check_dataset, check_token_ids
 from tessel.data.indexed import IndexedDataset
 from tessel.data.samples import GPTDataset
@@ -123,6 +123,62 @@ def test_paths_of_their_own(tmp_path: Path) -> None:
         assert splits.test is None
         assert splits.valid.name == "valid"
         assert len(splits.valid.sequence_ids) == 12
+
+
+def test_validation_sets_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is what it would be alone, of the whole number of samples or one epoch."""
+    for seed, name in enumerate("abc"):
+        write_random(tmp_path / name, [20] * (10 + 5 * seed), seed)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    flags = Data(train_data_path=(a,), valid_data_path=(b, c), multiple_validation_sets=True)
+    for size in (5, None):
+        splits = build_datasets(replace(config(tmp_path), data=flags), None, (20, size, 0))
+        assert isinstance(splits.valid, ValidationSets)
+        assert splits.valid.names == ("0", "1")
+        for path, dataset in zip((b, c), splits.valid.datasets, strict=True):
+            alone = Data(train_data_path=(a,), valid_data_path=(path,))
+            valid = build_datasets(replace(config(tmp_path), data=alone), None, (20, size, 0)).valid
+            assert isinstance(valid, GPTDataset)
+            assert isinstance(dataset, GPTDataset)
+            assert np.array_equal(dataset.shuffle_index, valid.shuffle_index)
+            assert np.array_equal(dataset.sample_index, valid.sample_index)
+    named = replace(flags, validation_set_names=("wiki", "code"))
+    splits = build_datasets(replace(config(tmp_path), data=named), None, (20, 5, 0))
+    assert list(splits.by_name()) == ["train", "valid-wiki", "valid-code", "test"]
+    assert "valid-code data: " in capsys.readouterr().out
+
+
+def test_validation_sets_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    write_random(tmp_path / "a", [20] * 10)
+    write_random(tmp_path / "empty", [0, 0])
+    a, empty = str(tmp_path / "a"), str(tmp_path / "empty")
+    for flags, message in (
+        (Data(data_path=(a,), multiple_validation_sets=True), "needs the sets one by one"),
+        (Data(train_data_path=(a,), multiple_validation_sets=True), "needs the sets one by one"),
+        (
+            Data(train_data_path=(a,), valid_data_path=("1", a, "2", a), multiple_validation_sets=True),
+            "without weights",
+        ),
+        (Data(data_path=(a,), validation_set_names=("x",)), "--validation-set-names names the sets"),
+        (
+            Data(valid_data_path=(a, a), multiple_validation_sets=True, validation_set_names=("x", "x")),
+            "2 names, 1 of them different, for 2",
+        ),
+        (Data(valid_data_path=(a, a, empty), multiple_validation_sets=True), "empty holds no sample"),
+    ):
+        with pytest.raises(TesselError, match=message):
+            build_datasets(replace(config(tmp_path), data=flags), None, (5, 5, 0))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_datasets_of_a_blend_by_several_threads(tmp_path: Path, threads: int) -> None:
+    names = [write_random(tmp_path / f"d{i}", [20] * (10 + i), i) for i in range(6)]
+    train = build_datasets(
+        config(tmp_path, *names, split="1", num_dataset_builder_threads=threads), None, (90, 0, 0)
+    ).train
+    assert isinstance(train, BlendedDataset)
+    assert [part.indexed.prefix for part in train.datasets] == names
+    assert len(train) == 90
 
 
 def test_paths_in_a_file(tmp_path: Path) -> None:
