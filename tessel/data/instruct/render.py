@@ -14,7 +14,7 @@ from tessel.data.instruct.cuts import cut_turns
 from tessel.data.instruct.dialogue import ANSWERING, Dialogue, Example
 from tessel.data.instruct.rendering import Rendered, Renderer, RenderOptions
 from tessel.data.instruct.shorten import IGNORED
-from tessel.data.instruct.slots import Layout, Piece, has_thought, without_thoughts
+from tessel.data.instruct.slots import Layout, Piece, check_turns, has_thought, without_thoughts
 from tessel.data.instruct.templates import HF, REASONING, Template, find_template
 from tessel.data.instruct.vocabulary import Vocabulary, vocabulary_for
 from tessel.data.tokenizer import Tokenizer
@@ -50,6 +50,7 @@ class SlotRenderer:
         """See `Renderer`. Without thinking, the empty thought is part of the prompt."""
         sheet = _Sheet()
         for dialogue in dialogues:
+            check_turns(dialogue, asks=True)
             reasoning = self.template.kind == REASONING
             if reasoning and self.options.thinking is False:
                 dialogue = without_thoughts(dialogue, self.template, range(1, len(dialogue.messages), 2))
@@ -64,6 +65,7 @@ class SlotRenderer:
 
     def _turns(self, dialogue: Dialogue) -> list[tuple[list[Piece], list[Piece]]]:
         """Question and answer of each turn; thoughts by LLaMA-Factory's ReasoningTemplate."""
+        check_turns(dialogue)
         template, thinking = self.template, self.options.thinking
         reasoning = template.kind == REASONING
         answers = range(1, len(dialogue.messages), 2)
@@ -87,6 +89,7 @@ class SlotRenderer:
 
     def _pair_turns(self, dialogue: Dialogue, thought_in_prompt: bool) -> list[tuple[list[Piece], list[Piece]]]:
         """As `_turns`, but earlier answers lose their thoughts: LLaMA-Factory's encode_oneturn."""
+        check_turns(dialogue)
         template = self.template
         reasoning = template.kind == REASONING
         answers = range(1, len(dialogue.messages), 2)

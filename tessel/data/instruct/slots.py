@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tessel.data.instruct.dialogue import ASSISTANT, FUNCTION, OBSERVATION, USER, Dialogue, Message
+from tessel.data.instruct.dialogue import (
+    ANSWERING,
+    ASKING,
+    ASSISTANT,
+    FUNCTION,
+    OBSERVATION,
+    USER,
+    Dialogue,
+    Message,
+)
 from tessel.data.instruct.templates import LLAMA2, MODERN, REASONING, Slot, Special, Template, Token
 from tessel.data.instruct.tools import TOOL_FORMATS, parse_calls, parse_tools
 from tessel.data.instruct.vocabulary import Vocabulary
@@ -133,3 +142,21 @@ def has_thought(message: Message, template: Template) -> bool:
     if message.thought:
         return True
     return any(word.strip() in message.content for word in template.thought_words)
+
+
+def check_turns(dialogue: Dialogue, asks: bool = False) -> None:
+    """A template of slots writes turns: a question, an answer, and so on; last an answer, or a question if it `asks`.
+
+    Raises:
+        TesselError: the messages are otherwise; shows the roles.
+    """
+    roles = [message.role for message in dialogue.messages]
+    for i, role in enumerate(roles):
+        if role not in (ANSWERING if i % 2 else ASKING):
+            due = "an answer" if i % 2 else "a question"
+            raise TesselError(
+                f"message {i + 1} is of {role!r}, where {due} is due (roles: {', '.join(roles)}); "
+                "--prompt-type hf may know how to write it"
+            )
+    if len(roles) % 2 != int(asks):
+        raise TesselError(f"{'a question' if asks else 'an answer'} must be last (roles: {', '.join(roles)})")

@@ -16,6 +16,7 @@ from tessel.data.instruct.rendering import Renderer, RenderOptions
 from tessel.data.instruct.templates import Special, Template, Token, known_templates
 from tessel.data.instruct.vocabulary import Vocabulary, vocabulary_for
 from tessel.data.tokenizer import HuggingFaceTokenizer
+from tessel.errors import TesselError
 from tests.data.instruct.conftest import HELLO
 
 Make = Callable[..., HuggingFaceTokenizer]
@@ -184,6 +185,21 @@ def test_prompts(chat_tokenizer: Make) -> None:
             assert prompt == whole.ids[:first_trained].tolist()
     with pytest.raises(ValueError, match="question"):
         render_prompt(HELLO, renderer_for(tokenizer, "qwen"))
+
+
+def test_messages_that_take_no_turns(chat_tokenizer: Make) -> None:
+    renderer = renderer_for(chat_tokenizer(), "qwen")
+    ask, answer = HELLO.messages[:2]
+    with pytest.raises(
+        TesselError, match="message 2 is of 'user', where an answer is due .roles: user, user, assistant"
+    ):
+        renderer.dialogues([HELLO, Dialogue((ask, ask, answer))])
+    with pytest.raises(TesselError, match="an answer must be last"):
+        renderer.dialogues([Dialogue((ask, answer, ask))])
+    with pytest.raises(TesselError, match="a question must be last"):
+        renderer.prompts([HELLO])
+    tokenizer = chat_tokenizer()
+    assert trained_text(renderer_for(tokenizer, "hf"), tokenizer, Dialogue((ask, ask, answer))) == ["hello<|im_end|>\n"]
 
 
 def test_preferences(chat_tokenizer: Make) -> None:
