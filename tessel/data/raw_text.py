@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tessel.data.indexed import IndexedDataset
@@ -65,20 +65,53 @@ def preprocessed_prefix(
     if _is_whole(entry / name):
         log(f"{path}: tokenized before, reused from {entry}")
         return str(entry / name)
-    num_tokens = _build(file, entry, tokenizer, json_keys, append_eod)
-    log(f"{path}: {num_tokens:,} tokens, kept in {entry}")
+    num_workers = num_workers_for([file])
+
+    def build(folder: Path) -> None:
+        preprocess_files([file], folder / _STEM, tokenizer, json_keys, append_eod=append_eod, num_workers=num_workers)
+
+    build_once(entry, name, build)
+    log(f"{path}: {IndexedDataset(entry / name).total_tokens:,} tokens, kept in {entry}")
     return str(entry / name)
 
 
-def _key(file: Path, tokenizer: Tokenizer, json_key: str, append_eod: bool) -> str:
+def build_once(entry: Path, name: str, build: Callable[[Path], None]) -> bool:
+    """Make the folder `entry`, which holds the dataset `name`, unless it is there; whether it had to be made.
+
+    `build` writes into another folder, which then takes the place of `entry`: it appears whole.
+    """
+    if _is_whole(entry / name):
+        return False
+    with disk_errors(entry):
+        temporary = _temporary_folder(entry)
+        try:
+            build(temporary)
+            _put_in_place(temporary, entry, Path(name))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def num_workers_for(files: Sequence[Path]) -> int:
+    """Processes that are worth their start for so much text."""
+    size = sum(file.stat().st_size for file in files)
+    return max(1, min(os.cpu_count() or 1, _MAX_WORKERS, size // _BYTES_PER_WORKER))
+
+
+def content_digest(file: Path) -> str:
+    """SHA-256 of what a file holds."""
     content = hashlib.sha256()
     with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             content.update(chunk)
+    return content.hexdigest()
+
+
+def _key(file: Path, tokenizer: Tokenizer, json_key: str, append_eod: bool) -> str:
     form = format_of(file)
     parts = {
         "version": _VERSION,
-        "content": content.hexdigest(),
+        "content": content_digest(file),
         "kind": f".{form.name}" if form is not None else "",
         "tokenizer": tokenizer.identity,
         "key": json_key,
@@ -96,21 +129,6 @@ def _is_whole(prefix: Path) -> bool:
         warn_once(f"{prefix.parent} is damaged and is built again ({error})")
         return False
     return True
-
-
-def _build(file: Path, entry: Path, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> int:
-    """Tokenize into a temporary folder and rename it to `entry`; returns the number of tokens."""
-    num_workers = max(1, min(os.cpu_count() or 1, _MAX_WORKERS, file.stat().st_size // _BYTES_PER_WORKER))
-    with disk_errors(entry):
-        temporary = _temporary_folder(entry)
-        try:
-            (written,) = preprocess_files(
-                [file], temporary / _STEM, tokenizer, json_keys, append_eod=append_eod, num_workers=num_workers
-            )
-            _put_in_place(temporary, entry, Path(written.prefix).relative_to(temporary))
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return written.num_tokens
 
 
 def _temporary_folder(entry: Path) -> Path:

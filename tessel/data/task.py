@@ -184,7 +184,9 @@ def _options(cfg: PreprocessConfig) -> dict[str, Any]:
     )  # fmt: skip
     values = {name: getattr(cfg, name) for name in names}
     return {
-        name: value for name, value in values.items() if name == "append_eod" or value not in (None, False, "none", 1)
+        name: value
+        for name, value in values.items()
+        if name == "append_eod" or value is True or value not in (None, False, "none", 1)
     }
 
 

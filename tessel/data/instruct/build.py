@@ -27,6 +27,7 @@ from tessel.data.instruct.pai_dataset import open_records, record_dataset
 from tessel.data.instruct.samples import DialogueDataset, DialogueOptions, Padding
 from tessel.data.metadata import read_metadata
 from tessel.data.paths import read_sources
+from tessel.data.readers.block import format_of
 from tessel.data.split import DEFAULT_SPLIT, SPLITS, split_bounds
 from tessel.data.tokenizer import Tokenizer
 from tessel.errors import TesselError, UsageError
@@ -89,6 +90,8 @@ def padding_of(cfg: RunConfig, tokenizer: Tokenizer) -> Padding:
     wanted, layout = cfg.finetune, cfg.layout
     assert cfg.batch.seq_length is not None
     multiple = cfg.batch.seq_length
+    if wanted.dataset == "JSON-SFT":
+        multiple = wanted.max_padding_length or multiple
     if wanted.no_pad_to_seq_lengths:
         cp, tp = layout.context_parallel_size, layout.tensor_model_parallel_size
         multiple = math.lcm(
@@ -161,12 +164,14 @@ class _Builder:
             self._opened[path] = self._open(path)
         fields, options = self._opened[path]
         first = next(iter(fields.values()))
-        if self._wanted.reads_pai:
+        if self._wanted.dataset == "MMAP":
             return record_dataset(first, split, i, size, options, self.cache)
         bounds = (0, len(first)) if split is None else instruction_bounds(split, len(first))[i]
         if bounds is None or bounds[0] == bounds[1]:
             return None
         kind = PairDataset if self._wanted.is_pairwise_dataset else InstructionDataset
+        if self._wanted.dataset == "JSON-SFT" and self._cfg.data.dataloader_type == "cyclic":
+            size = None  # the loader goes through it again and again
         before = self._shuffled.setdefault(path, [])
         dataset = kind(fields, bounds, size, options, name=SPLITS[i], cache=self.cache, shuffled_before=tuple(before))
         before.append(0 if size == 0 else len(dataset))
@@ -178,8 +183,16 @@ class _Builder:
             records = open_records(path, self._cfg.batch.seq_length)
             return {"text": records}, self._options("eos" if self._cfg.data.reset_position_ids else "none")
         keys = PAIR_KEYS if self._wanted.is_pairwise_dataset else INSTRUCTION_KEYS
-        fields = open_fields(_bare_prefix(path, keys), keys)
+        fields = open_fields(self._prefix(path, keys), keys)
         return fields, self._options("none" if self._wanted.is_pairwise_dataset else self._segments(fields))
+
+    def _prefix(self, path: str, keys: Sequence[str]) -> str:
+        """Of files that were preprocessed, or are now."""
+        if not (Path(path).exists() and format_of(Path(path)) is not None) and not Path(path).is_dir():
+            return _bare_prefix(path, keys)
+        from tessel.data.instruct.raw import preprocessed_dialogues
+
+        return preprocessed_dialogues(path, self._cfg, self._tokenizer)
 
     def _segments(self, fields: Fields) -> str:
         """How the samples of a pack are told apart; see `DialogueOptions`."""
@@ -207,9 +220,9 @@ class _Builder:
             seed=cfg.precision.seed,
             segments=segments,
             eos_id=template.eos() if segments == "eos" and not wanted.reads_pai else None,
-            cut="never" if wanted.no_cut_token else "plain" if wanted.cut_max_seqlen else "turns",
+            cut="never" if wanted.no_cut_token or wanted.reads_pai else "plain" if wanted.cut_max_seqlen else "turns",
             ends_with_eos=template.ends_with_eos(),
-            in_order=wanted.no_shuffle,
+            in_order=wanted.no_shuffle or wanted.dataset == "JSON-SFT",
             round_to=(cfg.batch.global_batch_size or cfg.batch.micro_batch_size) if wanted.padded_samples else 1,
             shuffle_all=wanted.full_shuffle_instruction_dataset,
             per_sequence=wanted.calculate_per_sequence_loss or wanted.reads_pai,

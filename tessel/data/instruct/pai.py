@@ -40,21 +40,26 @@ def pai_encoder(cfg: PreprocessConfig, tokenizer: Tokenizer) -> PaiEncoder:
     Raises:
         UsageError: the tokenizer has no chat template, or is not one of Hugging Face.
     """
+    longest = cfg.seq_length or DEFAULT_SEQ_LENGTH
+    return chat_encoder(tokenizer, longest, cfg.patch_tokenizer_type, cfg.sequence_packing, cfg.json_keys[0])
+
+
+def chat_encoder(
+    tokenizer: Tokenizer, seq_length: int, kind: str | None = None, unpacked: bool = False, output: str = "text"
+) -> PaiEncoder:
+    """The encoder of dialogues of up to `seq_length` tokens; `kind` is that of the tokenizer in Pai-Megatron-Patch.
+
+    Raises:
+        UsageError: the tokenizer has no chat template, or is not one of Hugging Face.
+    """
     hf = hf_of(tokenizer)
-    kind = cfg.patch_tokenizer_type or _kind_of(hf)
+    kind = kind or _kind_of(hf)
     if not hf.chat_template and kind not in _QWEN:
         raise UsageError(
-            f"--compatible pai-sft: the tokenizer {tokenizer.source} has no chat template to write dialogues with. "
+            f"The tokenizer {tokenizer.source} has no chat template, which Pai-Megatron-Patch writes dialogues with. "
             "Give the tokenizer of an instruct model."
         )
-    return PaiEncoder(
-        hf,
-        plain_vocabulary(tokenizer).encoder,
-        cfg.seq_length or DEFAULT_SEQ_LENGTH,
-        pad_id_of(hf, kind),
-        cfg.sequence_packing,
-        cfg.json_keys[0],
-    )
+    return PaiEncoder(hf, plain_vocabulary(tokenizer).encoder, seq_length, pad_id_of(hf, kind), unpacked, output)
 
 
 def pad_id_of(hf: Any, kind: str) -> int:
@@ -123,7 +128,7 @@ class PaiEncoder:
             RowError: a row is no dialogue.
         """
         groups = [self._texts(row) for row in rows]
-        encoded = iter(self._encode([pair for group in groups for pair in group]))
+        encoded = iter(self.encode([pair for group in groups for pair in group]))
         self.left_out = []
         records: list[np.ndarray] = []
         for row, group in zip(rows, groups, strict=True):
@@ -150,9 +155,19 @@ class PaiEncoder:
                 if not isinstance(member.get(column), str):
                     what = kind_of(member[column]) if column in member else "missing"
                     raise RowError(row.number, f"{column!r} is {what}, where text is expected.")
-            question = member["instruction"] + member["input"]
-            texts.append((self._written(question), self._written(question, member["output"])))
+            texts.append(self.texts(row, member["instruction"] + member["input"], member["output"]))
         return texts
+
+    def texts(self, row: Row, question: str, answer: str) -> tuple[str, str]:
+        """The question, and question and answer, as the chat template writes them.
+
+        Raises:
+            RowError: it refuses them.
+        """
+        try:
+            return self._written(question), self._written(question, answer)
+        except TesselError as error:
+            raise RowError(row.number, str(error)) from error
 
     def _written(self, question: str, answer: str | None = None) -> str:
         messages = [{"role": "user", "content": question}]
@@ -167,7 +182,7 @@ class PaiEncoder:
             raise TesselError(f"the chat template refuses the dialogue: {error}") from error
         return text
 
-    def _encode(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids of each question, and of question and answer."""
         tokens, lengths = self._encoder.encode_flat([text for pair in pairs for text in pair])
         ends = np.cumsum(lengths, dtype=np.int64).tolist()
@@ -175,14 +190,22 @@ class PaiEncoder:
         for i in range(0, len(ends), 2):
             yield tokens[starts[i] : ends[i]], tokens[starts[i + 1] : ends[i + 1]]
 
-    def _dialogue(self, row: Row, question: np.ndarray, whole: np.ndarray) -> _Dialogue | None:
-        """What is stored of one dialogue; None where the question fills a record."""
-        if len(question) >= self.seq_length:
-            return None
+    def check_prefix(self, row: Row, question: np.ndarray, whole: np.ndarray) -> None:
+        """Question and answer begin with the question.
+
+        Raises:
+            RowError: they don't.
+        """
         if not np.array_equal(whole[: len(question)], question):
             raise RowError(
                 row.number, "the chat template writes the question otherwise when an answer follows; use another one."
             )
+
+    def _dialogue(self, row: Row, question: np.ndarray, whole: np.ndarray) -> _Dialogue | None:
+        """What is stored of one dialogue; None where the question fills a record."""
+        if len(question) >= self.seq_length:
+            return None
+        self.check_prefix(row, question, whole)
         tokens = whole[: self.seq_length].astype(np.int32)
         labels = np.full(len(tokens), IGNORED, np.int32)
         labels[len(question) - 1 : -1] = tokens[len(question) :]
