@@ -6,16 +6,22 @@ import numpy as np
 
 from tessel.data.blend import BlendedDataset, Part
 from tessel.data.indexed import IndexedDataset
+from tessel.data.metadata import read_metadata
 from tessel.data.samples import GPTDataset
+from tessel.data.tokenizer import Tokenizer
 from tessel.errors import TesselError
+from tessel.runtime.log import warn_once
 
 # Scanned at the start up to here; larger data is checked batch by batch.
 SCAN_LIMIT_TOKENS = 20_000_000
 _CHUNK_SEQUENCES = 4096
 
 
-def check_dataset(dataset: Part | BlendedDataset | None, vocab_size: int) -> None:
-    """Check every file of a dataset that is small enough to be read at the start; see `check_token_ids`."""
+def check_dataset(dataset: Part | BlendedDataset | None, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
+    """Check every file of a dataset that is small enough to be read at the start; see `check_token_ids`.
+
+    Of larger ones, and with `tokenizer`, the run's own, what is noted beside them; see `check_metadata`.
+    """
     if dataset is None:
         return
     parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
@@ -31,6 +37,38 @@ def check_dataset(dataset: Part | BlendedDataset | None, vocab_size: int) -> Non
             )
         if indexed.total_tokens <= SCAN_LIMIT_TOKENS:
             check_token_ids(indexed, vocab_size)
+            check_metadata(indexed.prefix, None, tokenizer)
+        else:
+            check_metadata(indexed.prefix, vocab_size, tokenizer)
+
+
+def check_metadata(prefix: str, vocab_size: int | None, tokenizer: Tokenizer | None) -> None:
+    """Compare what is noted beside a dataset with the model's vocabulary and the run's tokenizer, where given.
+
+    A tokenizer of another size, or another end of documents where documents end so, is warned of.
+
+    Raises:
+        TesselError: the tokenizer that made the data gives ids that the model has no row for.
+    """
+    metadata = read_metadata(prefix)
+    noted = metadata.get("tokenizer") if metadata is not None else None
+    if metadata is None or not isinstance(noted, dict) or not isinstance(noted.get("vocab_size"), int):
+        return
+    made_by = f"{prefix} was made with the tokenizer {noted.get('source') or noted.get('identity')}"
+    if vocab_size is not None and noted["vocab_size"] > vocab_size:
+        raise TesselError(
+            f"{made_by}, which has {noted['vocab_size']} entries, and the model has {vocab_size} rows. "
+            "Preprocess the data with the model's own tokenizer, or name a model with more rows."
+        )
+    if tokenizer is None or noted.get("identity") == tokenizer.identity:
+        return
+    ends = metadata.get("append_eod") and noted.get("eod") != tokenizer.eod
+    if noted["vocab_size"] != tokenizer.vocab_size or ends:
+        warn_once(
+            f"{made_by} ({noted['vocab_size']} entries, end of document {noted.get('eod')}), and this run has "
+            f"{tokenizer.source or tokenizer.identity} ({tokenizer.vocab_size} entries, end of document "
+            f"{tokenizer.eod}): ids may mean other words, and documents may end elsewhere"
+        )
 
 
 def check_token_ids(indexed: IndexedDataset, vocab_size: int) -> None:

@@ -102,27 +102,33 @@ def split_dataset(cfg: SplitConfig) -> list[str]:
         order = np.arange(source.num_documents)
         if cfg.seed is not None:
             order = np.random.RandomState(cfg.seed).permutation(order)
-        cuts = [round(cut * len(order)) for cut in np.cumsum([0.0, *fractions])]
-        for name, share, start, stop in zip(names, fractions, cuts[:-1], cuts[1:], strict=True):
-            if not share:
-                continue
-            if start == stop:
-                raise TesselError(
-                    f"--split {cfg.split} leaves no document for {name}: {source.prefix} has {len(order)}. "
-                    "Give that part a larger share, or 0."
-                )
+        for name, documents in _dealt(order, fractions, names, source.prefix, cfg.split).items():
             part = f"{output}_{name}{ending}"
             with IndexedDatasetWriter(part, source.dtype, multimodal=source.modes is not None) as writer:
-                # Drawn documents keep the order of the data, which is fast to read.
-                copy_documents(
-                    source, np.sort(order[start:stop]) if cfg.seed is not None else order[start:stop], writer
-                )
+                copy_documents(source, documents, writer)
                 metadata_path(part).unlink(missing_ok=True)
             made = IndexedDataset(part)
             _note_merged(made, [source])
             log(f"wrote {part}.bin and .idx: {made.num_documents:,} documents, {made.total_tokens:,} tokens")
             written.append(part)
     return written
+
+
+def _dealt(
+    order: np.ndarray, fractions: Sequence[float], names: Sequence[str], prefix: str, shown: str
+) -> dict[str, np.ndarray]:
+    """The documents of each part that has a share, in the order of the data, which is fast to read."""
+    cuts = [round(cut * len(order)) for cut in np.cumsum([0.0, *fractions])]
+    parts = {}
+    for name, share, start, stop in zip(names, fractions, cuts[:-1], cuts[1:], strict=True):
+        if share and start == stop:
+            raise TesselError(
+                f"--split {shown} leaves no document for {name}: {prefix} has {len(order)}. "
+                "Give that part a larger share, or 0."
+            )
+        if share:
+            parts[name] = np.sort(order[start:stop])
+    return parts
 
 
 def _prefixes_of(given: str) -> list[str]:
