@@ -152,14 +152,21 @@ class KeyValueCache:
         return new
 
     def reorder(self, slots: Sequence[int], sources: Sequence[int]) -> None:
-        """Give `slots[i]` what `sources[i]`, one of the slots, held before: of beams, those that go on."""
-        needed = sorted({source for slot, source in zip(slots, sources, strict=True) if slot != source})
-        kept = {source: self.fork(source, self.length(source)) for source in needed}
+        """Give `slots[i]` what `sources[i]`, one of the slots, held before: of beams, those that go on.
+
+        A source's room goes to the first slot that goes on with it, so that only further ones cost a copy.
+        """
+        texts = {slot: self._texts[slot] for slot in slots}
+        free = [text for slot, text in texts.items() if slot not in set(sources)]
+        taken: set[int] = set()
         for slot, source in zip(slots, sources, strict=True):
-            if slot != source:
-                self._copy(self._texts[kept[source]], self._texts[slot], self.length(kept[source]))
-        for copy in kept.values():
-            self.close(copy)
+            held = texts[source]
+            if source in taken:
+                self._texts[slot] = free.pop()
+                self._copy(held, self._texts[slot], held.num_tokens)
+            else:
+                taken.add(source)
+                self._texts[slot] = held
 
     def cut(self, slot: int, num_tokens: int) -> None:
         """Forget the tokens of a slot after the first `num_tokens`."""
