@@ -135,7 +135,8 @@ class ChatRenderer:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i in answers[-1:] if last_only else answers:
             prompt = self._apply(messages[:i], dialogue.tools, asks=True)
-            whole = self._apply(messages[: i + 1], dialogue.tools, asks=False)
+            is_last = i + 1 == len(messages)
+            whole = text if is_last else self._apply(messages[: i + 1], dialogue.tools, asks=False)
             if not whole.startswith(prompt):
                 # What is written before an answer may depend on the answer: its empty thought, say.
                 prompt = _common(prompt, whole)
@@ -148,18 +149,48 @@ class ChatRenderer:
         return spans
 
     def _render(self, written: Sequence[_Written]) -> list[Rendered]:
-        encodings = self._backend.encode_batch([one.text for one in written], add_special_tokens=False)
-        end = [self.vocabulary.eod] if self.options.append_eod and self.vocabulary.eod is not None else []
+        """Each text is tokenized whole, and in the pieces that spans cut it into: mostly these are the same tokens."""
+        pieces = [_pieces(one) for one in written]
+        texts = [one.text for one in written] + [piece for own in pieces for piece, _ in own]
+        tokens, lengths = self.vocabulary.encoder.encode_flat(texts)
+        ends = np.cumsum(lengths, dtype=np.int64).tolist()
+        at, start = len(written), 0
         rendered = []
-        for one, encoding in zip(written, encodings, strict=True):
-            ids = np.array(encoding.ids[: self.options.max_tokens], np.int32)
-            offsets = np.array(encoding.offsets[: self.options.max_tokens], np.int64).reshape(-1, 2)
-            trained = np.zeros(len(ids), bool)
-            for first, last in one.spans:
-                trained |= (offsets[:, 0] >= first) & (offsets[:, 1] <= last)
-            labels = np.where(trained, ids, np.int32(IGNORED))
-            rendered.append(Rendered(*(np.append(part, end).astype(np.int32) for part in (ids, labels))))
+        for one, own, stop in zip(written, pieces, ends, strict=False):
+            ids, counts = tokens[start:stop], lengths[at : at + len(own)]
+            first = ends[at - 1] if at else 0
+            start, at = stop, at + len(own)
+            if np.array_equal(ids, tokens[first : first + int(counts.sum())]):
+                trained = np.repeat(np.array([is_trained for _, is_trained in own], bool), counts)
+            else:
+                trained = self._within(one)
+            rendered.append(self._rendered(ids, trained))
         return rendered
+
+    def _within(self, one: _Written) -> np.ndarray:
+        """bool[N]: the tokens that lie wholly within a span."""
+        offsets = np.array(self._backend.encode(one.text, add_special_tokens=False).offsets, np.int64).reshape(-1, 2)
+        trained = np.zeros(len(offsets), bool)
+        for first, last in one.spans:
+            trained |= (offsets[:, 0] >= first) & (offsets[:, 1] <= last)
+        return trained
+
+    def _rendered(self, ids: np.ndarray, trained: np.ndarray) -> Rendered:
+        most = self.options.max_tokens
+        ids, labels = ids[:most], np.where(trained, ids, np.int32(IGNORED))[:most]
+        if self.options.append_eod and self.vocabulary.eod is not None:
+            end = np.array([self.vocabulary.eod], np.int32)
+            ids, labels = np.concatenate([ids, end]), np.concatenate([labels, end])
+        return Rendered(ids, labels)
+
+
+def _pieces(one: _Written) -> list[tuple[str, bool]]:
+    """The text cut at the borders of its spans, and whether each piece is trained."""
+    pieces, at = [], 0
+    for first, end in one.spans:
+        pieces += [(one.text[at:first], False), (one.text[first:end], True)]
+        at = end
+    return [(piece, is_trained) for piece, is_trained in [*pieces, (one.text[at:], False)] if piece]
 
 
 def _check_written(dialogue: Dialogue, text: str, options: RenderOptions) -> None:

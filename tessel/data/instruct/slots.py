@@ -107,9 +107,15 @@ class _Slots:
             elif len(part) == 1:
                 pieces.append(part[0])
             # Every second one is the name of a placeholder.
-            elif text := "".join(values[word] if j % 2 else word for j, word in enumerate(part)):
+            elif text := _filled(part, values):
                 pieces.append(text)
         return pieces
+
+
+def _filled(part: list[str], values: dict[str, str]) -> str:
+    if len(part) == 3:
+        return part[0] + values[part[1]] + part[2]
+    return "".join(values[word] if j % 2 else word for j, word in enumerate(part))
 
 
 def _part(slot: Slot, vocabulary: Vocabulary) -> list[str] | int | None:

@@ -39,12 +39,31 @@ CALL = Dialogue(
 )
 
 
+def encoded(tokenizer: HuggingFaceTokenizer, *texts: str) -> list[int]:
+    return [i for text in texts for i in tokenizer.encode(text)]
+
+
 def test_the_text_is_tokenized_whole(chat_tokenizer: Make) -> None:
     tokenizer = chat_tokenizer()
     (rendered,) = renderer_for(tokenizer, "hf").dialogues([HELLO._replace(system="you are ok")])
     messages = [{"role": "system", "content": "you are ok"}]
     messages += [{"role": message.role, "content": message.content} for message in HELLO.messages]
     assert rendered.ids.tolist() == tokenizer.hf.apply_chat_template(messages, return_dict=False)
+
+
+def test_an_answer_that_grows_together_with_its_prompt(chat_tokenizer: Make) -> None:
+    """A token across the border, as of "a" and "b" merged, is not trained."""
+    joined = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer = chat_tokenizer(joined)
+    whole = "x hello there"
+    border = next(
+        i for i in range(1, len(whole)) if encoded(tokenizer, whole[:i], whole[i:]) != encoded(tokenizer, whole)
+    )
+    dialogue = Dialogue((Message("user", whole[:border]), Message("assistant", whole[border:])))
+    (rendered,) = renderer_for(tokenizer, "hf").dialogues([dialogue])
+    assert rendered.ids.tolist() == encoded(tokenizer, whole)
+    trained = tokenizer.decode([i for i in rendered.labels.tolist() if i != -100])
+    assert trained and whole[border:].endswith(trained) and trained != whole[border:]
 
 
 def test_what_the_template_marks_is_trained(chat_tokenizer: Make) -> None:
