@@ -6,9 +6,14 @@ themselves included: data written anew under an old name is a new entry, and mov
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,7 @@ class IndexCache:
 
     def __init__(self, folder: str | Path | None) -> None:
         self._folder = Path(folder) if folder is not None else None
+        self._lock = threading.Lock()
         self.num_built = 0
         self.num_reused = 0
 
@@ -62,17 +68,36 @@ class IndexCache:
         entry = folder / f"{digest}-{key['class']}-{key['split']}"
         kept = _load(entry, names)
         if kept is not None:
-            self.num_reused += 1
+            self._count("num_reused")
             return kept
-        arrays = build()
-        self.num_built += 1
+        with _builds_alone(entry) as is_alone:
+            kept = _load(entry, names)  # another process may have built it meanwhile
+            if kept is not None:
+                self._count("num_reused")
+                return kept
+            arrays = build()
+            self._count("num_built")
+            return self._kept(entry, description, names, arrays, is_alone)
+
+    def _kept(
+        self, entry: Path, description: dict[str, Any], names: tuple[str, ...], arrays: Arrays, is_alone: bool
+    ) -> Arrays:
+        """The arrays from the disk, where all processes of a machine share their memory; as they are if it fails."""
         try:
+            if is_alone:
+                _clear_unfinished(entry)
             _store(entry, description, names, arrays)
         except TesselError as error:
-            if self._folder is not None:
+            # A folder that others filled and that may only be read is fine; a full one is not.
+            if self._folder is not None and os.access(self._folder, os.W_OK):
                 raise
             warn_once(f"the index of the data is not kept: {error} (--data-cache-path names another folder)")
-        return arrays
+            return arrays
+        return _load(entry, names) or arrays
+
+    def _count(self, what: str) -> None:
+        with self._lock:  # datasets are indexed by several threads
+            setattr(self, what, getattr(self, what) + 1)
 
     def report(self) -> None:
         """Say in one line what came from the cache, if anything did."""
@@ -93,6 +118,32 @@ def _digest(array: np.ndarray) -> str:
     return f"{array.dtype.name}{list(array.shape)} {content}"
 
 
+@contextlib.contextmanager
+def _builds_alone(entry: Path) -> Iterator[bool]:
+    """Wait until no other process builds `entry`; False where the file system does not tell.
+
+    The lock is the system's own, so that of a killed process is gone with it.
+    """
+    with contextlib.ExitStack() as stack:
+        path = entry.parent / f".{entry.name}.lock"
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True
+        # Whoever waits has the file open, and finds the entry; later ones find it first.
+        path.unlink(missing_ok=True)
+
+
+def _clear_unfinished(entry: Path) -> None:
+    """Remove what killed processes have left of `entry`."""
+    for left in entry.parent.glob(f".{entry.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _load(entry: Path, names: tuple[str, ...]) -> Arrays | None:
     """The memory-mapped arrays of an entry; None where there is none, or it is damaged."""
     if not entry.is_dir():
@@ -110,7 +161,12 @@ def _load(entry: Path, names: tuple[str, ...]) -> Arrays | None:
 
 def _store(entry: Path, description: dict[str, Any], names: tuple[str, ...], arrays: Arrays) -> None:
     shapes = {name: [array.dtype.name, list(array.shape)] for name, array in zip(names, arrays, strict=True)}
-    with atomic_folder(entry) as folder:
-        for name, array in zip(names, arrays, strict=True):
-            np.save(folder / f"{name}.npy", array, allow_pickle=False)
-        (folder / _DESCRIPTION).write_text(json.dumps(description | {"arrays": shapes}, indent=1))
+    try:
+        with atomic_folder(entry) as folder:
+            for name, array in zip(names, arrays, strict=True):
+                np.save(folder / f"{name}.npy", array, allow_pickle=False)
+            (folder / _DESCRIPTION).write_text(json.dumps(description | {"arrays": shapes}, indent=1))
+    except (OSError, TesselError):
+        # Without locks, two machines may come at the same time, with the same arrays.
+        if _load(entry, names) is None:
+            raise

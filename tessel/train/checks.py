@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tessel.config.run import RunConfig
 from tessel.errors import UsageError
 from tessel.layout.check import check_batch, check_copies, check_model, topology_of
@@ -73,7 +75,8 @@ def check_folders(cfg: RunConfig) -> None:
         ("--tensorboard-dir", cfg.logging.tensorboard_dir),
         ("--wandb-save-dir", cfg.logging.wandb_save_dir),
     ):
-        if folder is not None:
+        # A cache that others have filled may be one that this run can only read.
+        if folder is not None and not (flag == "--data-cache-path" and Path(folder).is_dir()):
             require_writable(folder, flag)
 
 

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import multiprocessing
 import os
+import signal
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +18,7 @@ from tessel.data.blend import BlendedDataset
 from tessel.data.cache import IndexCache
 from tessel.data.indexed import IndexedDataset
 from tessel.data.samples import GPTDataset, SampleOptions
+from tessel.runtime.log import warn_once
 
 from .datasets import open_random, write_random
 
@@ -91,7 +98,8 @@ def test_moved_data_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign"])
 def test_damaged_entries_are_built_anew(tmp_path: Path, damage: str) -> None:
     indexed = open_random(tmp_path / "data", LENGTHS)
-    expected = build(indexed, IndexCache(tmp_path / "cache"))
+    build(indexed, IndexCache(tmp_path / "cache"))
+    expected = build(indexed, None)
     (entry,) = (tmp_path / "cache").iterdir()
     file = entry / "sample_index.npy"
     if damage == "truncated":
@@ -104,6 +112,104 @@ def test_damaged_entries_are_built_anew(tmp_path: Path, damage: str) -> None:
     assert same(build(indexed, cache), expected)
     assert (cache.num_built, cache.num_reused) == (1, 0)
     assert build(indexed, cache) and cache.num_reused == 1
+
+
+def _build_in_process(prefix: str, cache: str, start: str, counts: multiprocessing.Queue[tuple[int, int]]) -> None:
+    """A process of a job: waits for the common start, then asks for its index."""
+    indexed = IndexedDataset(prefix)
+    while not Path(start).exists():
+        time.sleep(0.001)
+    mine = IndexCache(cache)
+    build(indexed, mine)
+    counts.put((mine.num_built, mine.num_reused))
+
+
+def test_many_processes_that_start_together_build_once(tmp_path: Path) -> None:
+    prefix = write_random(tmp_path / "data", LENGTHS)
+    context = multiprocessing.get_context("fork")
+    counts: multiprocessing.Queue[tuple[int, int]] = context.Queue()  # type: ignore[assignment]
+    arguments = (prefix, str(tmp_path / "cache"), str(tmp_path / "start"), counts)
+    processes = [context.Process(target=_build_in_process, args=arguments) for _ in range(6)]
+    for process in processes:
+        process.start()
+    (tmp_path / "start").touch()
+    done = [counts.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert sorted(done) == [(0, 1)] * 5 + [(1, 0)]
+    (entry,) = (tmp_path / "cache").iterdir()  # no lock, nothing unfinished
+    assert sorted(path.name for path in entry.iterdir()) == [
+        "description.json", "document_index.npy", "sample_index.npy", "shuffle_index.npy",
+    ]  # fmt: skip
+
+
+def _killed_while_building(prefix: str, cache: str) -> None:
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    cache_module.np.save = stop  # type: ignore[assignment]
+    build(IndexedDataset(prefix), IndexCache(cache))
+
+
+def test_a_killed_builder_leaves_no_entry_and_no_lock(tmp_path: Path) -> None:
+    prefix = write_random(tmp_path / "data", LENGTHS)
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_while_building, args=(prefix, str(tmp_path / "cache"))
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert all(path.name.startswith(".") for path in (tmp_path / "cache").iterdir())
+    cache = IndexCache(tmp_path / "cache")
+    build(IndexedDataset(prefix), cache)
+    assert cache.num_built == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_folder_that_may_only_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it holds is used; what it lacks is built, and not kept."""
+    warn_once.cache_clear()
+    indexed = open_random(tmp_path / "data", LENGTHS)
+    expected = build(indexed, IndexCache(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.mkdtemp", _refuse)
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    cache = IndexCache(tmp_path / "cache")
+    assert same(build(indexed, cache), expected)
+    assert cache.num_reused == 1
+    assert same(build(indexed, cache, num_samples=30), build(indexed, None, num_samples=30))
+    assert "the index of the data is not kept" in capsys.readouterr().err
+
+
+def test_without_locks_the_same_arrays_twice_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines on a file system without locks: the later one finds the entry when it wants to put its own."""
+    indexed = open_random(tmp_path / "data", LENGTHS)
+    monkeypatch.setattr(cache_module.fcntl, "flock", _refuse)
+    other = IndexCache(tmp_path / "cache")
+    whole = cache_module.atomic_folder
+
+    @contextlib.contextmanager
+    def meanwhile(path: Path) -> Iterator[Path]:
+        monkeypatch.setattr(cache_module, "atomic_folder", whole)
+        build(indexed, other)
+        yield tmp_path
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(cache_module, "atomic_folder", meanwhile)
+    cache = IndexCache(tmp_path / "cache")
+    assert same(build(indexed, cache), build(indexed, None))
+    assert (cache.num_built, other.num_built) == (1, 1)
+
+
+def test_what_was_just_built_is_read_from_the_disk(tmp_path: Path) -> None:
+    """So that the processes of a machine share its memory."""
+    built = build(open_random(tmp_path / "data", LENGTHS), IndexCache(tmp_path / "cache"))
+    assert isinstance(built.document_index, np.memmap)
 
 
 def test_blends_are_kept_too(tmp_path: Path) -> None:
