@@ -22,6 +22,9 @@ _OWN_INSTEAD = {
     "--find-optimal-num-workers": "throughput grows with --workers up to the number of cores",
     "--workers-to-check": "throughput grows with --workers up to the number of cores",
     "--max-documents": "throughput grows with --workers up to the number of cores",
+    "--performance-dir": "throughput grows with --workers up to the number of cores",
+    "--chat-template": "a tokenizer's own template is read from its folder (--prompt-type hf)",
+    "--model-name-or-path": "use --tokenizer-name-or-path",
     "--script-data-dir": "scripts of data sets are never run; give their files with --input",
     "--datasets": "name the files with --input",
     "--no-shuffle": "documents keep their order without --shuffle",
@@ -34,6 +37,7 @@ _OWN_LATER = {
     ),
     **dict.fromkeys(("--data-obfuscation", "--obf-seed-content"), "obfuscation of data"),
     "--reward-tokens": "reward models",
+    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": "this setting of a tokenizer",
 }
 _FIELDS = frozenset(
     {
