@@ -134,6 +134,8 @@ def render_options(cfg: PreprocessConfig) -> RenderOptions:
         append_eod=cfg.append_eod,
         train_on_prompt=cfg.train_on_prompt,
         mask_history=cfg.mask_history,
+        # No prompt type of MindSpeed-LLM that is known here heeds it.
+        drop_thinking=cfg.drop_thinking == "true" and cfg.compatible != "mindspeed",
         thinking={"true": True, "false": False}.get(cfg.enable_thinking),
         effort=cfg.reasoning_effort,
     )

@@ -134,6 +134,17 @@ def test_thoughts(chat_tokenizer: Make) -> None:
         assert trained(False, dialogue) == ["hello<|im_end|>\n"]
 
 
+def test_thoughts_of_earlier_answers(chat_tokenizer: Make) -> None:
+    tokenizer = chat_tokenizer()
+    messages = [message._replace(thought="hm" if message.role == "assistant" else "") for message in HELLO.messages]
+    dialogue = Dialogue(tuple(messages))
+    thought = "<think>\nhm\n</think>\n\n"
+    kept = renderer_for(tokenizer, "qwen3")
+    assert trained_text(kept, tokenizer, dialogue) == [f"{thought}hello<|im_end|>\n", f"{thought}ok<|im_end|>\n"]
+    dropped = renderer_for(tokenizer, "qwen3", None, RenderOptions(drop_thinking=True))
+    assert trained_text(dropped, tokenizer, dialogue) == ["hello<|im_end|>\n", f"{thought}ok<|im_end|>\n"]
+
+
 def test_options(chat_tokenizer: Make) -> None:
     tokenizer = chat_tokenizer()
 
