@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tessel.config.run import Batch, RunConfig
-from tessel.data.blend import BlendedDataset
-from tessel.data.build import Dataset, Splits, ValidationSets, build_splits, sample_options, summary
+from tessel.data.blend import BlendedDataset, Part
+from tessel.data.build import Dataset, Splits, ValidationSets, splits_of, summary
+from tessel.data.instruct.samples import PairSample
 from tessel.data.sampler import SampleOrder, sample_ids
-from tessel.data.samples import GPTDataset, Piece, Sample
+from tessel.data.samples import Piece, Sample
 from tessel.data.split import SPLITS, num_samples_for
 from tessel.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from tessel.errors import TesselError, UsageError
@@ -30,7 +31,7 @@ class Shown:
     index: int
     step: int | None
     dataset: int
-    part: GPTDataset
+    part: Part
     sample: Sample
     pieces: list[Piece]
     epochs: tuple[int, int]  # the first and last epoch of the dataset that it draws from
@@ -52,10 +53,11 @@ def show_samples(
     if run.batch.seq_length is None:
         raise UsageError("--seq-length is missing: it says how many tokens a sample has.")
     tokenizer = _tokenizer(run)
-    options = sample_options(run.data, run.tokenizer, tokenizer, run.batch.seq_length, run.precision.seed)
+    if run.finetune.is_pairwise_dataset:
+        raise UsageError("tessel samples shows samples of one answer: leave --is-pairwise-dataset out.")
     # Lines about caches must not mix with JSON.
     with contextlib.redirect_stdout(sys.stderr):
-        splits = build_splits(run.data, options, tokenizer, _num_samples(cfg, train_iters))
+        splits = splits_of(run, tokenizer, _num_samples(cfg, train_iters))
     dataset = _split(splits, cfg.split_name)
     if not cfg.json:
         print(f"{cfg.split_name}: {summary(dataset)}")
@@ -92,7 +94,7 @@ def as_text(shown: Shown, tokenizer: Tokenizer | None) -> Iterator[str]:
     first, last = shown.epochs
     step = f"step {shown.step}, " if shown.step is not None else ""
     epoch = f"epoch {first}" if first == last else f"epochs {first} to {last}"
-    num_trained = int(shown.sample["loss_mask"].sum())
+    num_trained = int((shown.sample["loss_mask"] > 0).sum())
     yield f"sample {shown.index}: {step}{epoch} of {shown.part.num_epochs}, loss on {num_trained} tokens"
     for piece in shown.pieces:
         yield (
@@ -205,4 +207,6 @@ def look_up(dataset: Dataset, i: int, step: int | None) -> Shown:
     if isinstance(part, BlendedDataset):
         number, at = part.locate(i)
         part = part.datasets[number]
-    return Shown(i, step, number, part, part[at], part.pieces(at), part.epochs_of(at))
+    sample = part[at]
+    assert not isinstance(sample, PairSample), "pairs are refused before"
+    return Shown(i, step, number, part, sample, part.pieces(at), part.epochs_of(at))

@@ -1,11 +1,13 @@
 """Datasets of dialogues: order, cuts, padding, segments, pairs, blends, and what is refused."""
 
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tessel.cli import main
 from tessel.config.parser import parse
 from tessel.config.run import RunConfig
 from tessel.data.blend import BlendedDataset
@@ -336,3 +338,17 @@ def test_ids_that_the_model_lacks_are_found(tmp_path: Path) -> None:
         train.check_ids(20, 1000)
     with Loader(train, cfg, vocab_size=20) as loader, pytest.raises(TesselError, match="vocabulary has 20 rows"):
         loader.fetch(0, 4, 2)
+
+
+def test_samples_of_dialogues_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dialogues(tmp_path / "d", LENGTHS)
+    argv = ["samples", "--data-path", str(data), "--seq-length", "64", "--tokenizer-type", "NullTokenizer"]
+    argv += ["--vocab-size", str(EOS), "--num-samples", "12,0,0", "--split", "1", "--index", "0:2", "--no-shuffle"]
+    assert main([*argv, "--is-instruction-dataset"]) == 0
+    text = capsys.readouterr().out
+    assert "sample 0: epoch 1 of 1, loss on" in text and "document 1, tokens 0 to 20 of 20" in text
+    assert main([*argv, "--is-instruction-dataset", "--json"]) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(sample["tokens"]) for sample in shown] == LENGTHS[:2]
+    assert main([*argv, "--is-pairwise-dataset"]) == 2
+    assert "leave --is-pairwise-dataset out" in capsys.readouterr().err
