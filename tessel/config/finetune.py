@@ -34,7 +34,9 @@ class FineTune:
         "none", "thoughts in the answers of reasoning templates", choices=("true", "false", "none")
     )
     reasoning_effort: str | None = option(None, "effort that a reasoning template names", choices=("max", "high"))
-    drop_thinking: str = option("true", "leave thoughts out of earlier answers", choices=("true", "false"))
+    drop_thinking: str | None = option(
+        None, "leave thoughts out of all answers but the last of a dialogue", choices=("true", "false")
+    )
     map_keys: str | None = option(
         None, "raw instructions, JSON: which columns hold prompt, query, response, history, ...", metavar="JSON"
     )
