@@ -10,23 +10,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from tessel.checkpoint import companion
 from tessel.checkpoint.fused import pieces
 from tessel.checkpoint.mcore_args import config_of
 from tessel.checkpoint.mcore_files import CORE, Dialect, RankFiles, open_files
-from tessel.checkpoint.mcore_match import BIAS_OF_CHOICE, Held, copy_of, is_copy, match, whole_parameters
+from tessel.checkpoint.mcore_match import BIAS_OF_CHOICE, Held, check_tied, copy_of, is_copy, match, whole_parameters
 from tessel.checkpoint.mcore_names import EMBEDDING, EMBEDDING_KEY
 from tessel.checkpoint.mcore_optimizer import read_optimizer
 from tessel.checkpoint.megatron_folder import Iteration, companions, find_iteration
-from tessel.checkpoint.stored import Format, StoredModel, StoredTensor, index_of
+from tessel.checkpoint.stored import Format, StoredModel, StoredTensor
 from tessel.checkpoint.weights import named
 from tessel.errors import TesselError
 from tessel.layout.sharding import parameters
 from tessel.model.config import ModelConfig
-
-_COMPARED_BYTES = 64 * 2**20
 
 
 def open_torch(folder: str | Path, *, ckpt_step: int | None = None, hf_dir: str | Path | None = None) -> StoredModel:
@@ -110,15 +106,7 @@ def _parameters(held: list[Held], config: ModelConfig) -> dict[str, StoredTensor
 
 def _check_copy(embedding: StoredTensor, held: Held) -> None:
     for _, copy in pieces(held.entry.fused, held.tensor, {EMBEDDING: embedding.shape}):
-        step = max(_COMPARED_BYTES // (copy.size[1] * embedding.dtype.itemsize), 1)
-        low, high = copy.start[0], copy.start[0] + copy.size[0]
-        for begin in range(low, high, step):
-            box = [(begin, min(begin + step, high)), (0, copy.size[1])]
-            if not torch.equal(copy.read(box), embedding.read(index_of(box))):
-                raise TesselError(
-                    f"{held.tensor.path}: {held.tensor.name} differs from the embedding, and the model's config says "
-                    'tie_word_embeddings: true. Write "tie_word_embeddings": false there if they are two.'
-                )
+        check_tied(embedding, copy, held.tensor.name)
 
 
 def _with_expert_bias(config: ModelConfig, files: RankFiles) -> ModelConfig:

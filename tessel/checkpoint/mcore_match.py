@@ -21,13 +21,14 @@ from tessel.checkpoint.mcore_names import (
     last_slots,
     layer_slots,
 )
-from tessel.checkpoint.stored import Assembled, Copy, Piece, StoredTensor
+from tessel.checkpoint.stored import Assembled, Copy, Piece, StoredTensor, index_of
 from tessel.checkpoint.torch_file import LoadedTensor
 from tessel.checkpoint.weights import named
 from tessel.errors import TesselError
 from tessel.layout.sharding import parameters
 from tessel.model.config import ModelConfig
 
+_COMPARED_BYTES = 64 * 2**20
 BIAS_OF_CHOICE = ".mlp.router.expert_bias"
 
 
@@ -215,6 +216,23 @@ def copy_of(held: Held, tensor: StoredTensor, original: StoredTensor, kind: str 
 def is_copy(held: Held, config: ModelConfig) -> bool:
     """Whether it is a tied embedding under the output layer's name."""
     return held.entry.key == HEAD_KEY and config.tie_word_embeddings
+
+
+def check_tied(embedding: StoredTensor, copy: Piece, name: str) -> None:
+    """Refuse an output layer that is said to be the embedding and is not; `copy`: rows of the embedding out of it.
+
+    Raises:
+        TesselError: they differ.
+    """
+    step = max(_COMPARED_BYTES // (copy.size[1] * embedding.dtype.itemsize), 1)
+    low, high = copy.start[0], copy.start[0] + copy.size[0]
+    for begin in range(low, high, step):
+        box = [(begin, min(begin + step, high)), (0, copy.size[1])]
+        if not torch.equal(copy.read(box), embedding.read(index_of(box))):
+            raise TesselError(
+                f"{copy.source.path}: {name} differs from the embedding, and the model's config says "
+                'tie_word_embeddings: true. Write "tie_word_embeddings": false there if they are two.'
+            )
 
 
 def source_of(entry: Entry, tensor: StoredTensor) -> StoredTensor:

@@ -24,13 +24,14 @@ from torch import Tensor
 from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.formats import Written, written
 from tessel.checkpoint.run_model import open_run
-from tessel.checkpoint.stored import StoredModel, StoredTensor, Target
+from tessel.checkpoint.stored import Format, StoredModel, StoredTensor, Target
 from tessel.layout.sharding import parameters
 from tessel.model.config import ModelConfig
 from tessel.runtime.files import atomic_folder, atomic_write, disk_errors
 from tessel.runtime.team import Team
 
-OWN, HUGGING_FACE = "torch_dcp", "hf"
+OWN: Format = "torch_dcp"
+HUGGING_FACE = "hf"
 MEGATRON = ("torch", "torch_dist")
 FORMATS = (HUGGING_FACE, *MEGATRON, OWN)
 # A checkpoint in the run's own format that is only there to be read; what a killed run leaves has such a name.

@@ -20,9 +20,10 @@ from tessel.checkpoint import companion, torch_file
 from tessel.checkpoint.dcp_files import METADATA, DcpFolder, damaged, read_folder
 from tessel.checkpoint.fused import alone
 from tessel.checkpoint.mcore_args import OF_VOCABULARY, config_of
-from tessel.checkpoint.mcore_names import EMBEDDING_KEY, HEAD_KEY, Entry
+from tessel.checkpoint.mcore_match import check_tied
+from tessel.checkpoint.mcore_names import EMBEDDING, EMBEDDING_KEY, HEAD_KEY, Entry
 from tessel.checkpoint.megatron_folder import Iteration, companions, find_iteration
-from tessel.checkpoint.stored import StoredModel, StoredTensor
+from tessel.checkpoint.stored import Piece, StoredModel, StoredTensor
 from tessel.checkpoint.torch_dist_keys import LAYER, STACK, Keyed, assemble, find, joined_halves, slots_of
 from tessel.checkpoint.torch_dist_optimizer import OptimizerState, optimizer_of
 from tessel.checkpoint.weights import named
@@ -78,6 +79,9 @@ def open_torch_dist(
     _check_layers(iteration.path, weights, config)
     keyed = match(iteration.path, weights, config)
     tensors = assemble(keyed, config)
+    if config.tie_word_embeddings and HEAD_KEY in weights:
+        embedding = tensors[EMBEDDING]
+        check_tied(embedding, Piece((0, 0), embedding.shape, weights[HEAD_KEY], (0, 0)), HEAD_KEY)
     config = _with_expert_bias(config, found.tensors)
     rows = found.tensors[EMBEDDING_KEY].shape[0]
     padding = f"The vocabulary is padded from {config.vocab_size} to {rows} rows in the files; the padding is left out."
@@ -212,6 +216,11 @@ def match(path: Path, weights: Mapping[str, StoredTensor], config: ModelConfig) 
     # A tied output layer is a copy of the embedding, and some tools store it all the same.
     tied = {HEAD_KEY} if config.tie_word_embeddings else set()
     wrong += [f"{key} is not of this model" for key in weights if key not in used | tied]
+    wrong += [
+        f"{key} is {weights[key].shape} and should be the embedding's, with {config.hidden_size} columns"
+        for key in tied & weights.keys() - used
+        if weights[key].shape[1:] != (config.hidden_size,)
+    ]
     wrong += [
         f"{key} has {count} rows, fewer than the vocabulary's {config.vocab_size}"
         for key, count in rows.items()

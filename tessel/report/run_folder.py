@@ -64,6 +64,7 @@ def run_report(folder: Path, list_tensors: bool = False, ckpt_step: int | None =
         data["checkpoint"] = values = model_values(stored)
         parameters = f"{count_text(values['parameters'])} in {values['tensors']} tensors, {', '.join(values['dtypes'])}"
         facts += [
+            ("family", stored.config.family),
             ("parameters", parameters),
             ("saved on", degrees_text(stored.degrees) or "no model parallelism"),
         ]

@@ -78,6 +78,21 @@ def test_tied_output_layer_is_not_stored(model: Callable[..., StoredModel], tmp_
     assert "output_layer.weight" not in read_folder(tmp_path / ITERATION).tensors
 
 
+def test_an_output_layer_that_is_no_copy_of_the_embedding(model: Callable[..., StoredModel], tmp_path: Path) -> None:
+    source = model("qwen2")
+    write_torch_dist(source, tmp_path, Target(tp=2))
+    config = tmp_path / ITERATION / "huggingface" / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(TesselError, match='output_layer.weight differs from the embedding.*"tie_word_embeddings": fal'):
+        open_torch_dist(tmp_path)
+    head = source.tensors["model.embed_tokens.weight"]
+    same = replace(source, tensors={**source.tensors, "lm_head.weight": head})
+    write_torch_dist(same, tmp_path / "same", Target(tp=2))
+    config = tmp_path / "same" / ITERATION / "huggingface" / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    assert "lm_head.weight" not in open_torch_dist(tmp_path / "same").tensors
+
+
 def test_keys_of_each_layer_where_layers_differ(model: Callable[..., StoredModel], tmp_path: Path) -> None:
     source = model("qwen2_moe")
     assert source.config.dense_layers == (0,)

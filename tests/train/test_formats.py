@@ -14,7 +14,11 @@ import pytest
 
 from tessel.checkpoint import run_formats
 from tessel.checkpoint.detect import format_of, open_model
+from tessel.checkpoint.run_formats import Formats
+from tessel.checkpoint.stored import Target
 from tessel.cli import main
+from tessel.errors import UsageError
+from tessel.model.config import ModelConfig
 from tests.checkpoint.megatron import different
 from tests.train.runs import environment, flags, loading, losses, tessel, weight_bytes, write_data
 
@@ -152,6 +156,14 @@ def test_after_an_error_nothing_is_left(
     assert "The disk is full" in capsys.readouterr().err
     assert (tmp_path / "out" / TRACKER).read_text() == "2\n", "the run's own was whole before"
     assert [path.name for path in (tmp_path / "out" / "torch").iterdir()] == []
+
+
+def test_degrees_that_a_format_cannot_hold_are_refused_first(tiny_hf_folder: Callable[..., Path]) -> None:
+    config = ModelConfig.from_folder(tiny_hf_folder("qwen2"))
+    run_formats.check(Formats(run_formats.FORMATS, Target(tp=2, pp=2), True), config)
+    with pytest.raises(UsageError, match="tensor-model-parallel-size 4 does not divide the 2 key/value heads"):
+        run_formats.check(Formats(("torch_dcp", "torch"), Target(tp=4), True), config)
+    run_formats.check(Formats(("torch_dcp",), Target(tp=4), True), config)
 
 
 def test_weights_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
