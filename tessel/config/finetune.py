@@ -16,6 +16,9 @@ PADDING_SIDES = ("right", "left")
 class FineTune:
     """Fine-tuning on dialogues."""
 
+    num_train_epochs: float | None = option(
+        None, "how often to go through the data, instead of --train-iters", aliases=("--epochs",)
+    )
     stage: str | None = option(None, "kind of fine-tuning; the data flags say the rest", choices=("sft", "dpo"))
     is_instruction_dataset: bool = option(False, "--data-path names instructions: PREFIX_packed_*_document, or raw")
     is_pairwise_dataset: bool = option(False, "--data-path names pairs of a chosen and a rejected answer")

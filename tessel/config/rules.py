@@ -47,7 +47,7 @@ NOT_NEGATIVE = _names(
     "start_weight_decay end_weight_decay clip_grad adam_eps sgd_momentum z_loss_coeff eval_iters num_workers "
     "manual_gc_interval init_method_std seed mid_level_dataset_surplus ckpt_step loss_scale eod_id "
     "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers node_rank max_restarts "
-    "moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate"
+    "moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate num_dataset_builder_threads"
 )
 BELOW_ONE = _names("attention_dropout hidden_dropout adam_beta1 adam_beta2 lr_warmup_fraction")
 
@@ -121,13 +121,18 @@ def check_batch(cfg: RunConfig) -> None:
 def check_length(cfg: RunConfig) -> None:
     """The run is measured in iterations or in samples, and so is its schedule."""
     batch, schedule = cfg.batch, cfg.schedule
+    if cfg.finetune.num_train_epochs is not None and (batch.train_iters or batch.train_samples):
+        raise UsageError("--num-train-epochs and --train-iters or --train-samples both set the length: keep one.")
     if batch.train_iters is not None and batch.train_samples is not None:
         raise UsageError(
             f"--train-iters {batch.train_iters} and --train-samples {batch.train_samples} both set the length: "
             "keep one."
         )
+    epochs = cfg.finetune.num_train_epochs
+    if epochs is not None and (not cfg.finetune.reads_dialogues or not epochs > 0):
+        raise UsageError(f"--num-train-epochs {epochs:g} must be above 0, and is for fine-tuning on dialogues alone.")
     if batch.train_iters is None and batch.train_samples is None:
-        if batch.skip_train:
+        if batch.skip_train or epochs is not None:
             return
         raise UsageError("The length of the run is not given: give --train-iters, --train-samples or --skip-train.")
     in_samples = batch.train_samples is not None

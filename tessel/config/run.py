@@ -193,6 +193,7 @@ class Data:
         "prefix of a .bin/.idx, or raw .txt, .jsonl, .parquet, ...; or WEIGHT PATH WEIGHT PATH ...",
         nargs="+",
         metavar="PATH",
+        aliases=("--data",),
     )
     train_data_path: tuple[str, ...] | None = option(
         None, "as --data-path, for training alone", nargs="+", metavar="PATH"
@@ -279,8 +280,12 @@ class Tokenizer:
         False,
         "ids of megatron-core 0.12: Llama2Tokenizer begins texts with a token; special tokens spelled out are plain text to TikTokenizer and GPT2BPETokenizer",
     )
-    eod_id: int | None = option(None, "end-of-document id, instead of the tokenizer's")
-    pad_id: int | None = option(None, "padding id, instead of the tokenizer's; -1 for none")
+    eod_id: int | None = option(
+        None, "end-of-document id, instead of the tokenizer's", aliases=("--null-tokenizer-eod-id",)
+    )
+    pad_id: int | None = option(
+        None, "padding id, instead of the tokenizer's; -1 for none", aliases=("--null-tokenizer-pad-id",)
+    )
     allow_ambiguous_pad_tokens: bool = option(False, "keep a pad id that is also another special id")
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.adapters import StoredAdapter, check_asked, open_adapter
@@ -78,11 +77,6 @@ def _spec(lora: Lora, stored: StoredAdapter | None) -> AdapterSpec:
 def _holds_weights(source: Source) -> bool:
     assert source.folder is not None and source.iteration is not None
     return "adapters" not in run_checkpoint.read_state(source.folder, source.iteration)
-
-
-def identity_of(spec: AdapterSpec) -> dict[str, Any]:
-    """What must stay the same for a run of adapters to go on; JSON."""
-    return {"rank": spec.rank, "scale": spec.scale, "groups": [list(group) for group in asdict(spec)["groups"]]}
 
 
 def load_adapters(

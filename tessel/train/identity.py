@@ -41,6 +41,10 @@ _DIALOGUE_FLAGS = (
 def run_identity(cfg: RunConfig, model_config: ModelConfig, splits: Splits) -> dict[str, Any]:
     """What must stay the same for a run to go on: the model's shape and the data, by content."""
     model = {key: value for key, value in model_config.to_hf().items() if key not in _NOT_SHAPE}
+    spec = model_config.adapters
+    if spec is not None:
+        groups = [list(group) for group in spec.groups]
+        model["adapters"] = {"rank": spec.rank, "scale": spec.scale, "groups": groups}
     data: dict[str, Any] = {f"--{name.replace('_', '-')}": getattr(cfg.data, name) for name in _DATA_FLAGS}
     data |= {
         "--seq-length": cfg.batch.seq_length,

@@ -16,6 +16,7 @@ from tessel.checkpoint.tiles import tiled
 from tessel.config.run import RunConfig, Schedule
 from tessel.data.build import Splits, build_datasets, num_samples_for
 from tessel.data.check import check_dataset
+from tessel.data.instruct.build import num_training_samples
 from tessel.data.loader import Loader
 from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError
@@ -29,7 +30,7 @@ from tessel.runtime.process import Processes, on_every_node, process_group
 from tessel.runtime.team import Team
 from tessel.runtime.world import World
 from tessel.train import foreign, frugal
-from tessel.train.adapting import Adapting, adapting, identity_of
+from tessel.train.adapting import Adapting, adapting
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
 from tessel.train.checks import check_dialogues, check_folders, check_layout, check_length, check_model_of_run
 from tessel.train.evaluation import Evaluator
@@ -69,6 +70,7 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
         log(found.source.describe())
         if found.adapting is not None:
             log(found.adapting.describe())
+        cfg = processes.together(lambda: _with_length(cfg, found, processes))
         batch_size = batch_size_of(cfg.batch, found.topology.dp)
         train_iters = cfg.batch.train_iters or train_iters_for(cfg.batch.train_samples or 0, batch_size)
         groups = groups_of(cfg, found.topology, found.model_config, device)
@@ -115,6 +117,19 @@ def _teams(cfg: RunConfig, processes: Processes) -> tuple[Team, Team]:
     return Team.of(nodes), Team.of(nodes) if cfg.checkpoint.async_save else Team()
 
 
+def _with_length(cfg: RunConfig, found: _Found, processes: Processes) -> RunConfig:
+    """The iterations that --num-train-epochs come to: whole batches, one at least."""
+    epochs = cfg.finetune.num_train_epochs
+    if epochs is None:
+        return cfg
+    with processes.first("preprocessing dialogues", per_node=cfg.launch.no_shared_storage):
+        num_samples = num_training_samples(cfg, found.tokenizer)
+    assert cfg.batch.global_batch_size is not None
+    train_iters = max(int(epochs * num_samples) // cfg.batch.global_batch_size, 1)
+    log(f"{epochs:g} epochs of {num_samples:,} samples: {train_iters:,} iterations")
+    return replace(cfg, batch=replace(cfg.batch, train_iters=train_iters))
+
+
 def _splits(cfg: RunConfig, found: _Found, train_iters: int, processes: Processes) -> Splits:
     """The data; one process (of each node, without shared storage) tokenizes and builds what the others then read."""
     with processes.first("tokenizing and indexing the data", per_node=cfg.launch.no_shared_storage):
@@ -155,8 +170,6 @@ class _Run:
         self._stack = stack
         self._adapting = found.adapting
         self._identity = run_identity(cfg, found.model_config, splits)
-        if found.adapting is not None:
-            self._identity["model"]["adapters"] = identity_of(found.adapting.spec)
         self._saved_state = self._read_saved_state()
         self._learner: Learner = build_learner(
             cfg, found.model_config, self._source, device, groups, stack, self._adapting

@@ -99,7 +99,7 @@ def test_flags_without_effect_may_stand_in_a_file(tmp_path: Path):
             "--moe-tp-extend-ep is not a flag of tessel: use --expert-tensor-parallel-size 1 and a larger "
             "--expert-model-parallel-size.",
         ),
-        (["--lora_r", "8"], "--lora-r is not supported yet: LoRA; leave it out."),
+        (["--lu_lora_lr", "8"], "--lu-lora-lr is not supported yet: LoRA; leave it out."),
         (["--profile"], "--profile is not supported yet: profiling; leave it out."),
         (["--batch-size", "8"], "--batch-size is not a flag of tessel: use --micro-batch-size."),
         (
@@ -118,10 +118,10 @@ def test_what_tessel_lacks_is_refused_by_name(argv, message):
 
 def test_several_refusals_come_together():
     with pytest.raises(UsageError) as caught:
-        read("--lora-r", "8", "--gloabl-batch-size", "8", "--mock-data")
+        read("--lu-lora-lr", "8", "--gloabl-batch-size", "8", "--mock-data")
     unknown, *refused = str(caught.value).splitlines()
     assert unknown == "unknown flag --gloabl-batch-size; nearest: --global-batch-size"
-    assert [line.split()[0] for line in refused] == ["--lora-r", "--mock-data"]
+    assert [line.split()[0] for line in refused] == ["--lu-lora-lr", "--mock-data"]
 
 
 def test_no_flag_stands_in_two_tables():

@@ -62,6 +62,21 @@ def build_dialogues(cfg: RunConfig, tokenizer: Tokenizer, num_samples: NumSample
     return built
 
 
+def num_training_samples(cfg: RunConfig, tokenizer: Tokenizer) -> int:
+    """Samples in the training data, gone through once.
+
+    Raises:
+        UsageError: the data is a weighted blend, which has no such number.
+    """
+    sources = read_sources(cfg.data)
+    blend = sources.per_split[0] if sources.shared is None else sources.shared
+    if blend is None or blend.weights is not None and len(blend.paths) > 1:
+        raise UsageError("--num-train-epochs: a weighted blend has no epochs. Give --train-iters.")
+    builder = _Builder(cfg, tokenizer)
+    split = None if sources.shared is None else cfg.data.split or DEFAULT_SPLIT
+    return sum(builder.num_samples(path, split) for path in blend.paths)
+
+
 def instruction_bounds(split: str, num_sequences: int) -> list[Bounds | None]:
     """[begin, end) of each split, as Megatron's get_train_valid_test_split_ has them; None for an empty one.
 
@@ -176,6 +191,14 @@ class _Builder:
         dataset = kind(fields, bounds, size, options, name=SPLITS[i], cache=self.cache, shuffled_before=tuple(before))
         before.append(0 if size == 0 else len(dataset))
         return dataset
+
+    def num_samples(self, path: str, split: str | None) -> int:
+        """Samples of the training split of one source."""
+        if path not in self._opened:
+            self._opened[path] = self._open(path)
+        length = len(next(iter(self._opened[path][0].values())))
+        bounds = (0, length) if split is None else instruction_bounds(split, length)[0]
+        return 0 if bounds is None else bounds[1] - bounds[0]
 
     def _open(self, path: str) -> tuple[Fields, DialogueOptions]:
         if self._wanted.dataset == "MMAP":
