@@ -6,16 +6,18 @@ imported inside, so that `--help` and errors of the command line need no torch.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from tessel.config import convert as conversion
 from tessel.config import verbs
 from tessel.config.download_rules import validate_download
 from tessel.config.megatron import MEGATRON, ForeignFlags
-from tessel.config.parser import parse
+from tessel.config.parser import Parsed, parse
 from tessel.config.plan_rules import validate_plan
 from tessel.config.preprocess import MergeConfig, PreprocessConfig, SplitConfig
 from tessel.config.preprocess_flags import PREPROCESSING
@@ -23,6 +25,7 @@ from tessel.config.preprocess_rules import validate_merge, validate_preprocess, 
 from tessel.config.run import RunConfig
 from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
+from tessel.config.tune import sft_defaults
 from tessel.config.validate import advice, validate, validate_generate, validate_samples
 from tessel.launch import launch, starts_processes
 from tessel.runtime.failure import shown_once
@@ -35,10 +38,35 @@ Config = TypeVar("Config")
 
 def pretrain(argv: list[str]) -> None:
     """Train a model on text, from a Hugging Face folder or from random weights."""
+    _train("pretrain", argv, lambda parsed: parsed)
+
+
+def sft(argv: list[str]) -> None:
+    """Fine-tune a model on dialogues, whole or by adapters (LoRA)."""
+    _train("sft", argv, _with_sft_defaults)
+
+
+def _with_sft_defaults(parsed: Parsed) -> Parsed:
+    cfg, taken = sft_defaults(parsed.value, parsed.given, _positions(parsed.value.checkpoint.load))
+    provenance = parsed.provenance | dict.fromkeys(taken, "default of sft")
+    values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in taken.items())
+    note = [f"not given, and taken to be: {values}"] if taken else []
+    return replace(parsed, value=cfg, provenance=provenance, notes=(*parsed.notes, *note))
+
+
+def _positions(folder: str | None) -> int | None:
+    """max_position_embeddings of a Hugging Face folder, without opening it for good."""
+    try:
+        return int(json.loads((Path(folder or "") / "config.json").read_text())["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # another format, or a folder that will be refused in words later
+
+
+def _train(verb: str, argv: list[str], with_defaults: Callable[[Parsed], Parsed]) -> None:
     world = World.from_environment()
     voice.speak_as(world.rank)
     with shown_once(world):
-        parsed = parse(RunConfig, argv, "tessel pretrain", MEGATRON)
+        parsed = with_defaults(parse(RunConfig, argv, f"tessel {verb}", MEGATRON))
         cfg = validate(parsed.value)
         if not is_launched():
             _note(*parsed.notes, *advice(cfg, parsed.given))
@@ -50,7 +78,7 @@ def pretrain(argv: list[str]) -> None:
             require_writable(cfg.launch.rank_log_dir, "--rank-log-dir")
         if starts_processes(cfg.launch):
             _check_before_launch(cfg, parsed.given)
-            raise SystemExit(launch(["-m", "tessel", "pretrain", *argv], cfg.launch))
+            raise SystemExit(launch(["-m", "tessel", verb, *argv], cfg.launch))
         voice.speak_as(world.rank, cfg.launch.rank_log_dir)
         from tessel.runtime.versions import check_versions
         from tessel.train import pretrain as target
@@ -246,6 +274,7 @@ def demo(argv: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
+    "sft": sft,
     "preprocess": preprocess,
     "merge-datasets": merge_datasets,
     "split": split,
