@@ -316,11 +316,7 @@ class Checkpoint:
     override: bool = option(False, "resume although model or data contradict the checkpoint")
     exit_on_missing_checkpoint: bool = option(False, "accepted: a --load without weights is always an error here")
     ckpt_format: tuple[str, ...] | None = option(
-        None,
-        "formats of the run's checkpoints: hf, torch, torch_dist, or torch_dcp, the default",
-        metavar="NAME",
-        nargs="+",
-        choices=("hf", "torch", "torch_dist", "torch_dcp"),
+        None, "formats of the run's checkpoints", nargs="+", choices=("hf", "torch", "torch_dist", "torch_dcp")
     )
 
 
