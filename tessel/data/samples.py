@@ -7,8 +7,7 @@ Shapes: L = sequence length; a sample draws L tokens, and one more for the last 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -17,14 +16,10 @@ import numpy as np
 
 from tessel.data.cache import IndexCache
 from tessel.data.indexed import IndexedDataset
-from tessel.data.shuffle import shuffle
+from tessel.data.sample_index import build_indices, plan_epochs
 from tessel.errors import TesselError
 
-# The final epoch is shuffled apart when less than this share of it is needed.
-_SEPARATE_EPOCH_SHARE = 0.80
 NO_PAD = -1
-# Documents whose lengths are looked up at once when samples are laid out.
-_CHUNK_DOCUMENTS = 1 << 18
 
 
 class Sample(TypedDict):
@@ -62,6 +57,16 @@ class SampleOptions:
     reset_attention_mask: bool = False
     inter_document_masking: bool = False
 
+    @property
+    def reads_eod(self) -> bool:
+        """Whether ends of documents change masks or positions."""
+        return self.eod_mask_loss or self.reset_position_ids or self.reset_attention_mask
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether parts of a sample do not see each other."""
+        return self.reset_attention_mask or self.inter_document_masking
+
 
 def resolve_pad_id(pad_id: int, special_ids: Iterable[int], allow_ambiguous: bool) -> int:
     """The pad id in force: none (-1) where it is also another special id, since real text then holds it.
@@ -69,152 +74,6 @@ def resolve_pad_id(pad_id: int, special_ids: Iterable[int], allow_ambiguous: boo
     Megatron's rule from core 0.16 on; `--allow-ambiguous-pad-tokens` keeps the id.
     """
     return NO_PAD if pad_id in set(special_ids) and not allow_ambiguous else pad_id
-
-
-class SampleIndex(NamedTuple):
-    """The arrays that say what each sample holds.
-
-    document: i32[epochs * documents], sequence ids in training order.
-    sample: [n + 1, 2], position in `document` and token offset at which sample i begins.
-    shuffle: u32[n], dataset index -> row of `sample`.
-    """
-
-    document: np.ndarray
-    sample: np.ndarray
-    shuffle: np.ndarray
-
-
-class EpochPlan(NamedTuple):
-    """How often the documents are gone through, and whether the last time is shuffled apart."""
-
-    num_epochs: int
-    separate_final_epoch: bool
-    num_samples_sans_final_epoch: int
-
-
-def plan_epochs(tokens_per_epoch: int, num_samples: int | None, seq_length: int, extra_tokens: int) -> EpochPlan:
-    """The fewest epochs that hold `num_samples` (None: one epoch)."""
-    if num_samples is None:
-        return EpochPlan(1, False, 0)
-    num_epochs = max(1, -(-(num_samples * seq_length + extra_tokens) // tokens_per_epoch))
-    if num_epochs == 1:
-        return EpochPlan(1, False, 0)
-    sans_final = ((num_epochs - 1) * tokens_per_epoch - extra_tokens) // seq_length
-    per_epoch = (tokens_per_epoch - extra_tokens) // seq_length
-    separate = num_samples - sans_final < int(_SEPARATE_EPOCH_SHARE * per_epoch)
-    return EpochPlan(num_epochs, separate, sans_final)
-
-
-def build_document_index(sequence_ids: np.ndarray, plan: EpochPlan, rng: np.random.RandomState) -> np.ndarray:
-    """i32[epochs * sequences]: all epochs shuffled together, but the last where the plan says so."""
-    index = np.empty(plan.num_epochs * len(sequence_ids), np.int32)
-    index.reshape(plan.num_epochs, -1)[:] = sequence_ids
-    num_together = len(index) - (len(sequence_ids) if plan.separate_final_epoch else 0)
-    shuffle(index[:num_together], rng)
-    if plan.separate_final_epoch:
-        shuffle(index[num_together:], rng)
-    return index
-
-
-def build_sample_index(
-    lengths: np.ndarray, document_index: np.ndarray, seq_length: int, extra_tokens: int, drop_last: bool
-) -> np.ndarray:
-    """[n + 1, 2]: position in `document_index` and offset at which each sample begins, and the end of the last.
-
-    The same as walking document by document (helpers.cpp, build_sample_idx): sample i begins at
-    token i*L of the stream, and its row names the first document that reaches past token
-    i*L + extra, so the cursor rests on a document until the sample's last label is drawn too.
-    `lengths` holds the tokens of each sequence, by sequence id. drop_last=False keeps a last
-    sample that the tokens do not fill; their number is then computed in float32, as there.
-    """
-    num_tokens = sum(int(some.sum(dtype=np.int64)) for some in _lengths_in_order(lengths, document_index))
-    return _sample_index(lengths, document_index, num_tokens, seq_length, extra_tokens, drop_last)
-
-
-def _sample_index(
-    lengths: np.ndarray,
-    document_index: np.ndarray,
-    num_tokens: int,
-    seq_length: int,
-    extra_tokens: int,
-    drop_last: bool,
-) -> np.ndarray:
-    """`build_sample_index`, where the tokens of the whole `document_index` are known. By chunks, to bound memory."""
-    num_samples = count_samples(num_tokens, seq_length, extra_tokens, drop_last)
-    # Lengths are i32 themselves.
-    dtype = np.int32 if len(document_index) <= np.iinfo(np.int32).max else np.int64
-    index = np.zeros((num_samples + 1, 2), dtype)
-    num_placed, num_before, position = 1, 0, 0
-    for some in _lengths_in_order(lengths, document_index):
-        ends = np.cumsum(some, dtype=np.int64)
-        ends += num_before
-        num_before = int(ends[-1])
-        end = min(num_samples, (num_before - extra_tokens) // seq_length) + 1
-        if end > num_placed:
-            starts = np.arange(num_placed, end, dtype=np.int64) * seq_length
-            documents = np.searchsorted(ends, starts + extra_tokens, side="left")
-            index[num_placed:end, 0] = documents + position
-            index[num_placed:end, 1] = starts - (ends[documents] - some[documents])
-            num_placed = end
-        position += len(some)
-    if num_placed <= num_samples:  # a last sample that runs out of tokens
-        index[-1] = len(document_index) - 1, int(lengths[document_index[-1]]) - extra_tokens
-    return index
-
-
-def count_samples(num_tokens: int, seq_length: int, extra_tokens: int, drop_last: bool) -> int:
-    """Samples that a stream of tokens holds, the last partial one included unless it is dropped."""
-    usable = max(0, num_tokens - extra_tokens)
-    if drop_last:
-        return usable // seq_length
-    # float32 may round up past what there is; then Megatron fails, and the exact number holds.
-    return min(-(-usable // seq_length), int(np.ceil(np.float32(usable) / np.float32(seq_length))))
-
-
-def _lengths_in_order(lengths: np.ndarray, document_index: np.ndarray) -> Iterator[np.ndarray]:
-    """The lengths of the documents in `document_index`, chunk after chunk; the next is gathered meanwhile."""
-    starts = range(0, len(document_index), _CHUNK_DOCUMENTS)
-
-    def gather(start: int) -> np.ndarray:
-        return lengths.take(document_index[start : start + _CHUNK_DOCUMENTS])
-
-    if len(starts) < 2:
-        yield from map(gather, starts)
-        return
-    with ThreadPoolExecutor(1, "index") as pool:
-        ahead = pool.submit(gather, starts[0])
-        for start in starts[1:]:
-            some, ahead = ahead.result(), pool.submit(gather, start)
-            yield some
-        yield ahead.result()
-
-
-def build_shuffle_index(num_samples: int, num_first: int, rng: np.random.RandomState) -> np.ndarray:
-    """u32[n] (i64 past 2^32 - 2): [0, num_first) and [num_first, n), each shuffled in itself."""
-    dtype = np.int64 if num_samples >= np.iinfo(np.uint32).max - 1 else np.uint32
-    index = np.arange(num_samples, dtype=dtype)
-    shuffle(index[:num_first], rng)
-    if num_first < num_samples:
-        shuffle(index[num_first:], rng)
-    return index
-
-
-def build_indices(
-    lengths: np.ndarray,
-    sequence_ids: np.ndarray,
-    plan: EpochPlan,
-    options: SampleOptions,
-    drop_last: bool,
-    tokens_per_epoch: int,
-) -> SampleIndex:
-    """The index arrays of one dataset; one RandomState of the seed is drawn from in Megatron's order."""
-    rng = np.random.RandomState(options.seed)
-    document = build_document_index(sequence_ids, plan, rng)
-    num_tokens = plan.num_epochs * tokens_per_epoch
-    sample = _sample_index(lengths, document, num_tokens, options.seq_length, int(options.add_extra_token), drop_last)
-    n = len(sample) - 1
-    shuffle = build_shuffle_index(n, plan.num_samples_sans_final_epoch if plan.separate_final_epoch else n, rng)
-    return SampleIndex(document, sample, shuffle)
 
 
 def count_tokens(lengths: np.ndarray, sequence_ids: np.ndarray) -> int:
@@ -265,7 +124,16 @@ class GPTDataset:
 
         def build() -> tuple[np.ndarray, ...]:
             # Index files are unaligned: copied once, the many reads that follow are faster.
-            return build_indices(np.array(lengths), sequence_ids, self.plan, config, drop_last, self.tokens_per_epoch)
+            return build_indices(
+                np.array(lengths),
+                sequence_ids,
+                self.plan,
+                self.tokens_per_epoch,
+                seed=config.seed,
+                seq_length=config.seq_length,
+                extra_tokens=self._extra,
+                drop_last=drop_last,
+            )
 
         if cache is None:
             arrays = build()
@@ -303,43 +171,67 @@ class GPTDataset:
 
     def __getitem__(self, i: int) -> Sample:
         """Sample i in training order, as arrays of [L]; see `Sample` for the dtypes."""
+        length = self.config.seq_length
+        rows = Sample(
+            tokens=np.empty(length, np.int64),
+            labels=np.empty(length, np.int64),
+            loss_mask=np.empty(length, np.float32),
+            position_ids=np.empty(length, np.int64),
+            segments=np.empty(length, np.int32) if self.config.has_segments else None,
+        )
+        self.write(i, rows)
+        return rows
+
+    def write(self, i: int, rows: Sample) -> None:
+        """Write sample i into arrays of [L], such as rows of a micro-batch; `segments` where the options have any."""
         options = self.config
+        tokens, labels, loss_mask, segments = rows["tokens"], rows["labels"], rows["loss_mask"], rows["segments"]
         pieces = self._walk(i)
-        tokens, labels = self._tokens_and_labels(pieces)
-        loss_mask, positions, segments = masks_and_positions(tokens, options)
-        loss_mask[self._always_masked] = 0.0
-        if options.inter_document_masking:
-            segments, positions = _document_segments(
+        is_whole = self._write_text(pieces, tokens, labels)
+        if options.reads_eod:
+            loss_mask[:], rows["position_ids"][:], own_segments = masks_and_positions(tokens, options)
+            if segments is not None and own_segments is not None:
+                segments[:] = own_segments
+        else:
+            loss_mask[:], rows["position_ids"][:] = self._plain_rows
+        if options.inter_document_masking and segments is not None:
+            segments[:], rows["position_ids"][:] = _document_segments(
                 [piece.length for piece in pieces], options.seq_length, self._extra
             )
+        if is_whole and options.pad_id < 0 and self.indexed.dtype.kind == "u":
+            return  # nothing can be padding
         loss_mask[labels == options.pad_id] = 0.0
         tokens[tokens == options.pad_id] = 0
         labels[labels == options.pad_id] = 0
-        return Sample(tokens=tokens, labels=labels, loss_mask=loss_mask, position_ids=positions, segments=segments)
 
-    def _tokens_and_labels(self, pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens i64[L] and labels i64[L], padded with the pad id."""
-        options = self.config
-        text = np.full(options.seq_length + self._extra, options.pad_id, np.int64)
-        at = 0
+    def _write_text(self, pieces: list[Piece], tokens: np.ndarray, labels: np.ndarray) -> bool:
+        """Tokens and labels, padded with the pad id; whether there was nothing to pad."""
+        at, length = 0, len(tokens)
         for piece in pieces:
-            text[at : at + piece.length] = self.indexed.get(*piece)
-            at += piece.length
-        labels = text[1:].copy() if self._extra else np.append(text[1:], options.pad_id)
-        return text[: options.seq_length].copy(), labels
+            text = self.indexed.get(*piece)
+            if not len(text):
+                continue
+            tokens[at : at + len(text)] = text[: length - at]
+            # A label is the next token, so the first token of all is none.
+            begin = 1 if at == 0 else 0
+            labels[at + begin - 1 : at + len(text) - 1] = text[begin:]
+            at += len(text)
+        tokens[at:] = self.config.pad_id
+        labels[max(at - 1, 0) :] = self.config.pad_id
+        return at == length + 1
 
     @functools.cached_property
-    def _always_masked(self) -> np.ndarray:
-        """bool[L]: positions without loss in every sample, because the label is padding in sample 0.
+    def _plain_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Loss mask f32[L] and positions i64[L] of a sample where ends of documents mean nothing.
 
-        A quirk of Megatron up to its newest version: without an end-of-document option it keeps the
-        loss mask of the first sample it reads, padding included, as the start of all later ones.
-        There the first sample read depends on workers and restarts; here it is always sample 0.
+        The mask is 0 where the label is padding in sample 0, a quirk of Megatron up to its newest version: without
+        an end-of-document option it keeps the loss mask of the first sample it reads, padding included, as the start
+        of all later ones. There the first sample read depends on workers and restarts; here it is always sample 0.
         """
-        options = self.config
-        if options.eod_mask_loss or options.reset_position_ids or options.reset_attention_mask:
-            return np.zeros(options.seq_length, bool)
-        return self._tokens_and_labels(self._walk(0))[1] == options.pad_id
+        length = self.config.seq_length
+        tokens, labels = np.empty((2, length), np.int64)
+        self._write_text(self._walk(0), tokens, labels)
+        return (labels != self.config.pad_id).astype(np.float32), np.arange(length, dtype=np.int64)
 
     def pieces(self, i: int) -> list[Piece]:
         """The documents of sample i, in order: sequence number in the .idx, offset and length in tokens.
@@ -377,7 +269,7 @@ def masks_and_positions(tokens: np.ndarray, options: SampleOptions) -> tuple[np.
     loss_mask = np.ones(length, np.float32)
     positions = np.arange(length, dtype=np.int64)
     segments = None
-    if not (options.eod_mask_loss or options.reset_position_ids or options.reset_attention_mask):
+    if not options.reads_eod:
         return loss_mask, positions, segments
     if options.eod_id is None:
         raise TesselError(

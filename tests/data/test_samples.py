@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tessel.data.samples import GPTDataset, SampleOptions, build_sample_index, plan_epochs, resolve_pad_id
+from tessel.data.sample_index import build_sample_index, plan_epochs
+from tessel.data.samples import GPTDataset, SampleOptions, resolve_pad_id
 from tessel.errors import TesselError
 
 from .datasets import EOD, open_random, random_lengths
