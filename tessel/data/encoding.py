@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tessel.data.readers import Block, parse_rows
+from tessel.data.readers import Block, LineCounter, Span, parse_rows
 from tessel.data.rows import BadRow, Row
 from tessel.errors import TesselError
 
@@ -74,13 +74,30 @@ class BlockEncoder:
     encoder: RowEncoder
     skip: bool = False
     lists: bool = False
+    lines: LineCounter = field(default_factory=LineCounter)
 
-    def __call__(self, block: Block) -> BlockResult:
+    def __call__(self, block: Block | Span) -> BlockResult:
         """The rows of a block, encoded.
 
         Raises:
             TesselError: a row cannot be read or encoded, and none is to be skipped; names file and line or row.
         """
+        if isinstance(block, Block):
+            return self._result(block)
+        try:
+            result = self._result(block.load())
+        except TesselError:
+            # Lines are counted for those who want to know: an error is about to end the run.
+            return self._result(block.load(self.lines.first_line(block)))
+        if not (result.bad or result.noted):
+            return result
+        ahead = self.lines.first_line(block) - block.first_line
+        bad, noted = (
+            tuple(BadRow(row.number + ahead, row.reason) for row in rows) for rows in (result.bad, result.noted)
+        )
+        return BlockResult(result.encoded, bad, noted)
+
+    def _result(self, block: Block) -> BlockResult:
         bad: list[BadRow] = []
         rows = parse_rows(block, self.encoder.columns, bad if self.skip else None, lists=self.lists)
         noted: list[BadRow] = []

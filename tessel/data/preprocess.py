@@ -18,11 +18,11 @@ from tessel.data.encoding import BlockEncoder, Encoded
 from tessel.data.encoding_log import encoding_log
 from tessel.data.indexed import IndexedDataset, IndexedDatasetWriter
 from tessel.data.metadata import metadata_path, write_metadata
-from tessel.data.readers import Block, check_inputs, parse_rows, read_blocks
+from tessel.data.readers import check_inputs, has_spans, parse_rows, read_blocks, read_spans
 from tessel.data.rows import BadRow
-from tessel.data.shards import shard_blocks
+from tessel.data.shards import Piece, shard_blocks
 from tessel.data.task import Task, required_columns, task_of, text_task
-from tessel.data.tokenizer import Tokenizer, load_fast, load_tokenizer
+from tessel.data.tokenizer import NULL, Tokenizer, load_fast, load_tokenizer
 from tessel.data.workers import encode_blocks
 from tessel.errors import TesselError, UsageError
 from tessel.runtime.files import scratch_folder
@@ -151,10 +151,12 @@ def _write(
     damaged: dict[Path, list[BadRow]] = {}
     finisher = task.finish()
 
-    def read(file: Path) -> Iterator[Block]:
+    def read(file: Path) -> Iterator[Piece]:
         bad = damaged.setdefault(file, []) if task.skip else None
         if bad:
             bad.clear()  # noted when its blocks were counted
+        if has_spans(file):
+            return read_spans(file, _BLOCK_BYTES, bad)
         return read_blocks(file, _BLOCK_BYTES, task.encoder.columns, bad=bad, null_words=task.null_words)
 
     with ExitStack() as stack:
@@ -188,7 +190,10 @@ def _tokenizer(cfg: PreprocessConfig, files: Sequence[Path]) -> Tokenizer:
         tokenizer = load_tokenizer(cfg.tokenizer, None, cfg.vocab_size)
         _speed_up(tokenizer, files)
         return tokenizer
-    tokenizer, said = load_fast(cfg.tokenizer, cfg.vocab_size, _first_texts(files))
+    vocab_size = cfg.vocab_size
+    if cfg.compatible == "megatron" and vocab_size is not None and cfg.tokenizer.tokenizer_type == NULL:
+        vocab_size -= 1  # Megatron-LM's tool counts the end of document in; megatron-core 0.16 did not
+    tokenizer, said = load_fast(cfg.tokenizer, vocab_size, _first_texts(files))
     if said is not None:
         log(said)
     return tokenizer

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tessel.data.readers import Block
+from tessel.data.readers import Block, Span
+
+Piece = Block | Span
 
 
 def shard_blocks(
-    files: Sequence[Path], read: Callable[[Path], Iterator[Block]], index: int, num_shards: int
-) -> Iterator[Block]:
+    files: Sequence[Path], read: Callable[[Path], Iterator[Piece]], index: int, num_shards: int
+) -> Iterator[Piece]:
     """The blocks of shard `index` (from 0).
 
     The files lie after one another on a line as long as their bytes, which is cut into equal shards. A

@@ -11,18 +11,19 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from tessel.data.readers import Block
+from tessel.data.readers import Block, Span
 from tessel.errors import TesselError
 
 _WAIT_S = 5.0
+Item = TypeVar("Item", Block, Span, Block | Span)
 Result = TypeVar("Result")
 
 
 def encode_blocks(
-    blocks: Iterable[Block], encoder: Callable[[Block], Result], num_workers: int
-) -> Generator[tuple[Block, Result], None, None]:
+    blocks: Iterable[Item], encoder: Callable[[Item], Result], num_workers: int
+) -> Generator[tuple[Item, Result], None, None]:
     """Each block and its result, in order. With one worker in this process, otherwise in `num_workers` others.
 
     Holds a few blocks a worker, whatever the size of the input. The others end when this process
@@ -45,14 +46,14 @@ def encode_blocks(
             workers.append(_Worker(multiprocessing.get_context(method), encoder))
             idle.put(workers[-1])
 
-        def encode(block: Block) -> Result:
+        def encode(block: Item) -> Result:
             worker = idle.get()
             try:
                 return worker.encode(block)
             finally:
                 idle.put(worker)
 
-        waiting: deque[tuple[Block, Future[Result]]] = deque()
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
         for block in blocks:
             waiting.append((block, threads.submit(encode, block)))
             if len(waiting) > 2 * num_workers:
@@ -73,21 +74,21 @@ def encode_blocks(
 class _Worker(Generic[Result]):
     """A process that encodes one block after another; it ends when its pipe closes."""
 
-    def __init__(self, context: BaseContext, encoder: Callable[[Block], Result]) -> None:
+    def __init__(self, context: BaseContext, encoder: Callable[[Any], Result]) -> None:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(encoder, theirs), daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()
 
-    def encode(self, block: Block) -> Result:
+    def encode(self, block: Block | Span) -> Result:
         try:
             self._connection.send(block)
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(_WAIT_S)
             raise TesselError(
-                f"A worker process ended with exit code {self._process.exitcode} while encoding {block.path} near "
-                f"line {block.first_line}. If it was killed for memory (-9), use fewer --workers."
+                f"A worker process ended with exit code {self._process.exitcode} while encoding {_place(block)}. "
+                "If it was killed for memory (-9), use fewer --workers."
             ) from error
         if isinstance(answer, TesselError):
             raise answer
@@ -102,7 +103,12 @@ class _Worker(Generic[Result]):
         self._connection.close()
 
 
-def _serve(encoder: Callable[[Block], Result], connection: Connection) -> None:
+def _place(block: Block | Span) -> str:
+    at = f"byte {block.start:,}" if isinstance(block, Span) else f"{block.unit} {block.first_line}"
+    return f"{block.path} near {at}"
+
+
+def _serve(encoder: Callable[[Any], Result], connection: Connection) -> None:
     """Main function of a worker process."""
     # Ctrl-C reaches the whole group; the parent is the one to end it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

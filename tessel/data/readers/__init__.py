@@ -8,6 +8,7 @@ done by whoever encodes them).
 from tessel.data.readers.block import BLOCK_BYTES, SUFFIXES, TEXT_KEY, Block, Format, format_of
 from tessel.data.readers.find import check_inputs, columns_of, find_inputs
 from tessel.data.readers.read import Document, parse_block, parse_rows, read_blocks
+from tessel.data.readers.spans import LineCounter, Span, has_spans, read_spans
 
 __all__ = [
     "BLOCK_BYTES",
@@ -16,11 +17,15 @@ __all__ = [
     "Block",
     "Document",
     "Format",
+    "LineCounter",
+    "Span",
     "check_inputs",
     "columns_of",
     "find_inputs",
     "format_of",
+    "has_spans",
     "parse_block",
     "parse_rows",
     "read_blocks",
+    "read_spans",
 ]
