@@ -16,6 +16,8 @@ from typing import TypeVar
 from tessel.config import convert as conversion
 from tessel.config import verbs
 from tessel.config.download_rules import validate_download
+from tessel.config.generate_flags import GENERATION
+from tessel.config.generate_rules import validate_generate
 from tessel.config.megatron import MEGATRON, ForeignFlags
 from tessel.config.parser import Parsed, parse
 from tessel.config.plan_rules import validate_plan
@@ -26,7 +28,7 @@ from tessel.config.run import RunConfig
 from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
 from tessel.config.tune import sft_defaults
-from tessel.config.validate import advice, validate, validate_generate, validate_samples
+from tessel.config.validate import advice, validate, validate_samples
 from tessel.launch import launch, starts_processes
 from tessel.runtime.failure import shown_once
 from tessel.runtime.files import require_writable
@@ -159,15 +161,29 @@ def samples(argv: list[str]) -> None:
 
 
 def generate(argv: list[str]) -> None:
-    """Continue a prompt with a trained model."""
-    cfg = _read(verbs.GenerateConfig, argv, "generate", validate_generate, MEGATRON)
-    if cfg is None:
-        return
-    from tessel.generate import command as target
-    from tessel.runtime.versions import check_versions
+    """Continue prompts with a trained model."""
+    world = World.from_environment()
+    voice.speak_as(world.rank)
+    with shown_once(world):
+        parsed = parse(verbs.GenerateConfig, argv, "tessel generate", GENERATION)
+        cfg = validate_generate(parsed.value)
+        if not is_launched():
+            _note(*parsed.notes)
+        if parsed.print_config:
+            print(format_config(cfg, mark_changes(parsed.value, cfg, parsed.provenance, "derived")))
+            return
+        if starts_processes(cfg.launch):
+            if cfg.launch.nnodes == "1" and cfg.launch.nproc_per_node is not None:
+                from tessel.generate.load import check_before_launch
 
-    check_versions()
-    target.generate(cfg)
+                check_before_launch(cfg.loading, cfg.tokenizer, cfg.launch.nproc_per_node, cfg.model, parsed.given)
+            raise SystemExit(launch(["-m", "tessel", "generate", *argv], cfg.launch))
+        voice.speak_as(world.rank, cfg.launch.rank_log_dir)
+        from tessel.generate import command as target
+        from tessel.runtime.versions import check_versions
+
+        check_versions()
+        target.generate(cfg, parsed.given)
 
 
 def inspect(argv: list[str]) -> None:
@@ -243,7 +259,7 @@ def doctor(argv: list[str]) -> None:
 
 
 def plan(argv: list[str]) -> None:
-    """List the layouts of a model that fit on so many devices, with their memory and speed."""
+    """List the layouts of a model that fit on so many devices, with memory and speed."""
     cfg = _read(verbs.PlanConfig, argv, "plan", validate_plan)
     if cfg is None:
         return

@@ -11,11 +11,12 @@ import pytest
 from tessel.cli import main
 from tessel.commands import VERBS
 from tessel.config.convert import CONVERSION, ConvertConfig, VerifyConfig, validate_convert, validate_verify
+from tessel.config.generate_rules import validate_generate
 from tessel.config.megatron import MEGATRON
 from tessel.config.parser import parse
 from tessel.config.plan_rules import validate_plan
 from tessel.config.run import RunConfig
-from tessel.config.validate import validate, validate_generate
+from tessel.config.validate import validate
 from tessel.config.verbs import GenerateConfig, InspectConfig, PlanConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -175,14 +175,16 @@ INSTEAD: dict[str, str] = {
     "--moe-extended-tp": "use --expert-tensor-parallel-size",
     "--npu-deterministic": "use --deterministic-mode",
     "--jit-compile": "use --compile",
-    "--null-tokenizer-eod-id": "use --eod-id",
-    "--null-tokenizer-pad-id": "use --pad-id",
     "--most-recent-k": "use --keep-last-k",
     "--model-type": "the kind of model is read from config.json",
     "--model-type-hf": "the family is read from config.json",
     "--params-dtype": "use --bf16, --fp16 or --fp32",
     "--yaml-cfg": "use --config",
     "--trust-remote-code": "code from a model's folder is never run",
+    **dict.fromkeys(
+        ("--num-beams", "--hf-chat-template", "--add-eos-token", "--stream", "--prompt-file"),
+        "it is one of tessel generate",
+    ),
     "--no-load-strict": "missing or surplus tensors are always errors",
 }
 
@@ -242,10 +244,7 @@ LATER: dict[str, str] = {
         "--overwrite-cache --n-subs --cache-dir --merge-group-keys --streaming --mix-strategy "
         "--split-sentences --keep-newlines --lang"
     )),
-    **_later("generation beyond plain continuation of prompts", (
-        "--num-beams --hf-chat-template --add-eos-token --stream --prompt-file "
-        "--inference-batch-times-seqlen-threshold --max-tokens-to-oom"
-    )),
+    **_later("a server of Megatron's", "--inference-batch-times-seqlen-threshold --max-tokens-to-oom"),
     **_later("models other than Qwen, Llama, Mistral and Mixtral as config.json describes them", (
         "--use-legacy-models --multi-latent-attention --mtp-num-layers --mtp-loss-scaling-factor "
         "--apply-layernorm-1p --openai-gelu --squared-relu --quick-geglu --rotary-interleaved --mrope-section "

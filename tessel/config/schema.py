@@ -67,7 +67,7 @@ def flag_of(name: str) -> str:
 
 def normal_flag(flag: str) -> str:
     """A flag with dashes only, since underscores are accepted too."""
-    return "--" + flag[2:].replace("_", "-")
+    return "--" + flag[2:].replace("_", "-") if flag.startswith("--") else flag
 
 
 def first_sentence(text: str) -> str:
@@ -141,7 +141,8 @@ def convert(option: Option, raw: Any, name: str) -> Any:
     if option.many:
         items = raw if isinstance(raw, Sequence) and not isinstance(raw, str) else [raw]
         count = option.metadata["nargs"]
-        if not items or (isinstance(count, int) and len(items) != count):
+        # None at all is what a default may say, and a file may repeat it.
+        if (not items and option.default != ()) or (isinstance(count, int) and len(items) != count):
             raise _misfit(option, raw, name)
         return tuple(_convert_one(option, item, raw, name) for item in items)
     return _convert_one(option, raw, raw, name)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 from tessel.config.context import resolved_context
 from tessel.config.rules import RULES, SAMPLE_RULES
 from tessel.config.run import Evaluation, Logging, RunConfig
-from tessel.errors import UsageError
 
 # Megatron's defaults, for runs that are long enough for them.
 MOST_EVAL_ITERS = 100
 LONGEST_LOG_INTERVAL = 100
 
 if TYPE_CHECKING:
-    from tessel.config.verbs import GenerateConfig, SamplesConfig
+    from tessel.config.verbs import SamplesConfig
 
 
 def validate(cfg: RunConfig) -> RunConfig:
@@ -43,26 +42,6 @@ def validate_samples(cfg: SamplesConfig) -> SamplesConfig:
     for rule in SAMPLE_RULES:
         rule(cfg.run)
     return replace(cfg, run=_resolved(cfg.run))
-
-
-def validate_generate(cfg: GenerateConfig) -> GenerateConfig:
-    """Check the numbers of sampling.
-
-    Raises:
-        UsageError: a rule is broken.
-    """
-    asked = [f"--{name}" for name in ("fp32", "bf16", "fp16") if getattr(cfg, name)]
-    if len(asked) > 1:
-        raise UsageError(f"{' and '.join(asked)} contradict each other: keep one of them.")
-    if cfg.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens is {cfg.max_new_tokens}: it must be at least 1.")
-    if cfg.temperature <= 0:
-        raise UsageError(f"--temperature is {cfg.temperature}: it must be above 0; --greedy takes the likeliest token.")
-    if cfg.top_k < 0:
-        raise UsageError(f"--top-k is {cfg.top_k}: it must not be negative; 0 draws among all tokens.")
-    if not 0 < cfg.top_p <= 1:
-        raise UsageError(f"--top-p is {cfg.top_p}: it must be above 0 and at most 1.")
-    return cfg
 
 
 def advice(cfg: RunConfig, given: Collection[str]) -> list[str]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tessel.config.field import REQUIRED, option
-from tessel.config.layout import SHARDING_STRATEGIES
-from tessel.config.run import RunConfig, Tokenizer
+from tessel.config.layout import SHARDING_STRATEGIES, Launch
+from tessel.config.run import ModelShape, RunConfig, Tokenizer
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
+TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,35 +45,117 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Generation."""
+class Loading:
+    """Model. What is used, and over how many processes it is dealt out."""
 
-    load: str = option(REQUIRED, "Hugging Face folder, the folder of a run, or a Megatron checkpoint", metavar="DIR")
+    load: str | None = option(
+        None, "Hugging Face folder, the folder of a run, an adapter, or a Megatron checkpoint", metavar="DIR"
+    )
     hf_dir: str | None = option(
         None, "config.json and tokenizer of a --load without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
     )
-    prompt: tuple[str, ...] = option(REQUIRED, "texts to continue, one after another", nargs="+", metavar="TEXT")
-    max_new_tokens: int = option(128, "most tokens to add to a prompt")
-    temperature: float = option(1.0, "below 1 likelier, above 1 more varied")
-    top_k: int = option(0, "draw among so many likeliest tokens; 0: all")
-    top_p: float = option(1.0, "draw among the likeliest tokens that hold this much probability")
-    greedy: bool = option(False, "always the likeliest token")
-    ignore_eos: bool = option(False, "go on after the end-of-text token")
-    no_stream: bool = option(False, "print a text when it is whole, not as it grows")
-    seed: int = option(1234, "seed of the draws")
+    lora_load: str | None = option(
+        None, "adapter beside --load: a PEFT folder, a run, or MindSpeed-LLM's checkpoint", metavar="DIR"
+    )
+    lora_r: int | None = option(None, "rank of the adapter, checked against what is stored")
+    lora_alpha: float | None = option(None, "alpha of the adapter, checked against what is stored")
+    lora_target_modules: tuple[str, ...] | None = option(
+        None, "projections that the adapter is beside, checked against what is stored", nargs="+", metavar="NAME"
+    )
     device: str = option("auto", "where to run", choices=DEVICES)
     fp32: bool = option(False, "compute in fp32 (the default)")
     bf16: bool = option(False, "compute in bf16")
     fp16: bool = option(False, "compute in fp16")
+    tensor_model_parallel_size: int = option(1, "processes that share each layer")
+    pipeline_model_parallel_size: int = option(1, "processes that share the layers")
+    expert_model_parallel_size: int = option(1, "processes that share the experts")
+    expert_tensor_parallel_size: int | None = option(
+        None, "processes that share each expert; the tensor-parallel size if not given"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Choice of tokens."""
+
+    max_new_tokens: int = option(128, "most tokens to add to a prompt")
+    temperature: float = option(1.0, "below 1 likelier, above 1 more varied")
+    top_k: int = option(0, "draw among so many likeliest tokens; 0: all")
+    top_p: float = option(1.0, "draw among the likeliest tokens that hold this much probability")
+    min_p: float = option(0.0, "draw among the tokens with at least this share of the likeliest one's probability")
+    repetition_penalty: float = option(1.0, "above 1 tokens that the text has already are less likely")
+    greedy: bool = option(False, "always the likeliest token")
+    num_beams: int = option(1, "search among so many continuations, instead of drawing, for the likeliest whole")
+    draw_beams: bool = option(False, "draw the continuations that are kept, instead of the likeliest")
+    length_penalty: float = option(1.0, "of beams: above 0 longer texts are favoured, below 0 shorter ones")
+    early_stopping: str = option(
+        "false",
+        "of beams: end when so many texts have ended; never: when none can become better",
+        choices=("true", "false", "never"),
+    )
+    ignore_eos: bool = option(False, "go on after the end-of-text token")
+    stop: tuple[str, ...] = option((), "strings that end a text, which is cut before them", nargs="+", metavar="TEXT")
+    stop_token_ids: tuple[int, ...] = option((), "further tokens that end a text", nargs="+", metavar="N")
+    add_eos_token: tuple[str, ...] = option(
+        (), "further tokens that end a text, as the tokenizer writes them", nargs="+", metavar="TOKEN"
+    )
+    seed: int = option(1234, "seed of the draws")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Generation."""
+
+    help_sections: ClassVar[frozenset[str]] = frozenset({"loading", "drawing", "launch", "tokenizer"})
+
+    prompt: tuple[str, ...] = option((), "texts to continue, one after another", nargs="+", metavar="TEXT")
+    prompt_file: str | None = option(
+        None, "prompts to continue together: a .txt with one a line, or a .jsonl", metavar="FILE"
+    )
+    prompt_key: str = option("prompt", "field of --prompt-file's rows that holds the prompt", metavar="NAME")
+    output: str | None = option(
+        None, "JSON lines to write, a row for each prompt; rows that are there already are kept", metavar="FILE"
+    )
+    num_samples: int = option(1, "texts for each prompt", aliases=("--num-return-sequences", "-n"))
+    logprobs: int | None = option(
+        None, "log-probabilities in --output: of the tokens, and of so many likeliest at each step"
+    )
+    max_running: int = option(32, "texts that are continued together, with --prompt-file")
+    truncate_prompts: bool = option(
+        False, "keep the end of a prompt that leaves no room in the context, instead of refusing it"
+    )
+    prompt_type: str | None = option(
+        None, "prompts are questions in this template; hf: in the tokenizer's own", metavar="NAME"
+    )
+    prompt_type_path: str | None = option(None, "templates.json with --prompt-type in it", metavar="FILE")
+    system: str | None = option(None, "system text of the template", metavar="TEXT")
+    hf_chat_template: bool = option(False, "the same as --prompt-type hf")
+    no_stream: bool = option(False, "print a text when it is whole, not as it grows")
+    stream: bool = option(False, "print a text as it grows (the default)")
+    task: tuple[str, ...] = option(
+        (),
+        "MindSpeed-LLM's names: greedy is --greedy, do_sample draws, beam_search is --num-beams 2",
+        nargs="+",
+        choices=TASKS,
+    )
+    loading: Loading
+    drawing: Drawing
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    launch: Launch = field(default_factory=Launch)
+    model: ModelShape = field(default_factory=ModelShape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
     """What to look at."""
 
-    path: str = option(
-        REQUIRED, "checkpoint of any format, folder of a run, or a .bin/.idx (or its prefix)", positional=True
+    path: tuple[str, ...] = option(
+        REQUIRED,
+        "checkpoint of any format, folder of a run, or a dataset: a .bin/.idx, its prefix, or that of instructions; "
+        "with --stats, WEIGHT PATH WEIGHT PATH ...",
+        nargs="+",
+        positional=True,
+        metavar="PATH",
     )
     tensors: bool = option(False, "list every tensor of a model, with its shape, type and norm")
     diff: str | None = option(None, "another checkpoint: say in what settings and tensors they differ", metavar="DIR")
@@ -80,6 +163,12 @@ class InspectConfig:
     hf_dir: str | None = option(
         None, "config.json of a checkpoint without its own", metavar="DIR", aliases=("--hf-cfg-dir",)
     )
+    documents: int = option(1, "documents of a dataset to show: the first, and then random ones")
+    seed: int = option(1234, "seed of the choice of documents")
+    plot: str | None = option(None, "draw the lengths of a dataset's documents as a PNG", metavar="FILE")
+    stats: bool = option(False, "of a blend of datasets: weight, epochs, tokens and repeats of each")
+    num_samples: int | None = option(None, "samples that --stats draws; as many as hold all tokens if not given")
+    seq_length: int | None = option(None, "tokens in a sample of --stats; 4096 if not given")
     json: bool = option(False, "print one JSON object")
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
 

@@ -3,10 +3,11 @@
 import pytest
 
 from tessel.config import rules
+from tessel.config.generate_rules import validate_generate
 from tessel.config.parser import parse
 from tessel.config.run import RunConfig
 from tessel.config.schema import options
-from tessel.config.validate import advice, validate, validate_generate, validate_samples
+from tessel.config.validate import advice, validate, validate_samples
 from tessel.config.verbs import GenerateConfig, SamplesConfig
 from tessel.errors import UsageError
 
