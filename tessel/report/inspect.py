@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from tessel.data.readers import format_of
 from tessel.data.tokenizer import HuggingFaceTokenizer, has_tokenizer
-from tessel.errors import TesselError
+from tessel.errors import TesselError, UsageError
 from tessel.report import checkpoint, model_folder, run_folder
-from tessel.report.dataset import dataset_report
+from tessel.report.blend import blend_report
+from tessel.report.dataset import Look, dataset_report
 from tessel.report.facts import Report, bytes_text
+from tessel.report.instructions import instructions_report, is_instructions
 from tessel.runtime.files import require_path
 
 if TYPE_CHECKING:
@@ -31,11 +33,18 @@ def inspect(cfg: InspectConfig) -> None:
 
 def look(cfg: InspectConfig) -> Report:
     """The report on `cfg.path`."""
-    path = Path(cfg.path)
+    if cfg.stats:
+        return blend_report(cfg.path, cfg.num_samples, cfg.seq_length)
+    if len(cfg.path) > 1:
+        raise UsageError(f"{len(cfg.path)} paths are given: one is looked at, or all as a blend with --stats.")
+    name = cfg.path[0]
+    path = Path(name)
     if cfg.diff is not None:
         return checkpoint.diff_report(_opened(cfg), _open_model(cfg.diff, None, cfg.hf_dir))
-    if path.suffix in (".bin", ".idx") or Path(f"{cfg.path}.idx").exists():
-        return dataset_report(cfg.path, cfg.tokenizer)
+    if path.suffix in (".bin", ".idx") or Path(f"{name}.idx").exists():
+        return dataset_report(name, cfg.tokenizer, Look(cfg.documents, cfg.seed, cfg.plot))
+    if is_instructions(name):
+        return instructions_report(name, cfg.tokenizer)
     require_path(path, "the path to inspect")
     if path.is_file():
         return _file_report(path, cfg.tensors)
@@ -51,7 +60,7 @@ def look(cfg: InspectConfig) -> Report:
 
 
 def _opened(cfg: InspectConfig) -> StoredModel:
-    return _open_model(cfg.path, cfg.ckpt_step, cfg.hf_dir)
+    return _open_model(cfg.path[0], cfg.ckpt_step, cfg.hf_dir)
 
 
 def _open_model(path: str, ckpt_step: int | None, hf_dir: str | None) -> StoredModel:

@@ -157,11 +157,11 @@ def _draw_panel(axes: Axes, metric: str, curves: list[Curve], cfg: PlotConfig) -
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
-    axes.xaxis.set_major_formatter(_short_number)
+    axes.xaxis.set_major_formatter(short_number)
     axes.legend(frameon=False, fontsize="small", title="last value", title_fontsize="small", alignment="left")
 
 
-def _short_number(value: float, _position: float | None = None) -> str:
+def short_number(value: float, _position: float | None = None) -> str:
     """1500 -> 1.5k, 2000000 -> 2M: axes of tokens would be unreadable otherwise."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
