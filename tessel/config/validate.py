@@ -51,7 +51,8 @@ def advice(cfg: RunConfig, given: Collection[str]) -> list[str]:
     """
     idle: list[tuple[str, str]] = []
     if cfg.checkpoint.save is None:
-        idle += [(name, "--save") for name in ("save_interval", "save_hf_interval", "keep_last_k", "async_save")]
+        saving = ("save_interval", "save_hf_interval", "keep_last_k", "async_save", "ckpt_format")
+        idle += [(name, "--save") for name in saving]
     if not cfg.memory.optimizer_cpu_offload:
         offloading = ("overlap_cpu_optimizer_d2h_h2d", "no_pin_cpu_grads", "no_pin_cpu_params")
         idle += [(name, "--optimizer-cpu-offload") for name in offloading]
