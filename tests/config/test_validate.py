@@ -207,6 +207,7 @@ def advised(changes: str) -> list[str]:
 
 def test_flags_that_do_nothing_beside_the_others_are_told():
     assert advised("save=out save_interval=5 keep_last_k=2") == []
+    assert "--ckpt-format does nothing without --save" in advised("ckpt_format=torch")
     assert advised(
         "save=out moe_router_load_balancing_type=none moe_aux_loss_coeff=0.1 moe_token_drop_policy=probs"
     ) == [
