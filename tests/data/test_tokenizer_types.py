@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from tessel.cli import main
 from tessel.config.run import Tokenizer as Section
+from tessel.data.indexed import IndexedDataset
 from tessel.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tessel.errors import TesselError, UsageError
 
@@ -236,3 +238,12 @@ def test_half_characters_are_refused_by_all(
             with pytest.raises(TesselError, match=r"half of a surrogate pair \(.ud800 at character 1\)"):
                 tokenizer.batch_encoder().encode_flat(["fine", "a\ud800b"])
             tokenizer.speed_up([])
+
+
+def test_megatron_counts_the_end_of_document_in(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "1 2 3"}\n')
+    common = f"--input {tmp_path}/in.jsonl --tokenizer-type NullTokenizer --vocab-size 100 --append-eod"
+    for name, flags, eod in (("own", "", 100), ("megatron", "--compatible megatron", 99)):
+        argv = f"preprocess {common} {flags} --output-prefix {tmp_path}/{name}".split()
+        assert main(argv) == 0
+        assert IndexedDataset(tmp_path / f"{name}_text_document").get(0).tolist() == [1, 2, 3, eod]
