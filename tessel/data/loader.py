@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from tessel.config.run import RunConfig
 from tessel.data.blend import BlendedDataset, Part
 from tessel.data.check import out_of_range, refuse_token_ids
-from tessel.data.instruct.samples import PairSample, padded
+from tessel.data.instruct.samples import padded
 from tessel.data.sampler import SampleOrder, sample_ids
-from tessel.data.samples import GPTDataset, Sample
+from tessel.data.samples import GPTDataset, Sample, SampleOptions
 from tessel.errors import TesselError
 
 Dataset = Part | BlendedDataset
@@ -193,26 +193,61 @@ class Loader:
 
     def _read(self, ids: np.ndarray) -> MicroBatch:
         numbers = tuple(ids.tolist())
-        batch = collate(self._of_one_length([self.dataset[i] for i in numbers]), numbers)
-        if self._vocab_size is not None:
-            self._check(batch, self._vocab_size)
-        return batch.pin_memory() if self._pin_memory else batch
-
-    def _of_one_length(self, samples: list[Sample | PairSample]) -> list[Sample]:
-        """Rows of one length: those of text are, dialogues are padded."""
         first = self.dataset.datasets[0] if isinstance(self.dataset, BlendedDataset) else self.dataset
         if isinstance(first, GPTDataset):
-            return [sample for sample in samples if not isinstance(sample, PairSample)]
-        return padded(samples, first.config.padding)
+            batch = self._text(numbers, first.config)
+        else:
+            # Dialogues are padded to one length, which is known when they are read.
+            batch = collate(padded([self.dataset[i] for i in numbers], first.config.padding), numbers)
+            batch = batch.pin_memory() if self._pin_memory else batch
+        if self._vocab_size is not None:
+            self._check(batch, self._vocab_size)
+        return batch
+
+    def _text(self, numbers: tuple[int, ...], options: SampleOptions) -> MicroBatch:
+        """Samples of text, copied once: from the memory map into the tensors, page-locked where they shall be."""
+
+        def empty(dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((len(numbers), options.seq_length), dtype=dtype, pin_memory=self._pin_memory)
+
+        batch = MicroBatch(
+            tokens_BS=empty(torch.int64),
+            labels_BS=empty(torch.int64),
+            loss_mask_BS=empty(torch.float32),
+            positions_BS=empty(torch.int64),
+            segments_BS=empty(torch.int32) if options.has_segments else None,
+            sample_ids=numbers,
+        )
+        segments_BS = None if batch.segments_BS is None else batch.segments_BS.numpy()
+        arrays = (batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.positions_BS)
+        tokens_BS, labels_BS, loss_mask_BS, positions_BS = (tensor.numpy() for tensor in arrays)
+        for row, number in enumerate(numbers):
+            part, i = self._located(number)
+            assert isinstance(part, GPTDataset)
+            part.write(
+                i,
+                Sample(
+                    tokens=tokens_BS[row],
+                    labels=labels_BS[row],
+                    loss_mask=loss_mask_BS[row],
+                    position_ids=positions_BS[row],
+                    segments=None if segments_BS is None else segments_BS[row],
+                ),
+            )
+        return batch
+
+    def _located(self, i: int) -> tuple[Part, int]:
+        """The dataset, and its sample, that sample i is."""
+        if not isinstance(self.dataset, BlendedDataset):
+            return self.dataset, i
+        number, at = self.dataset.locate(i)
+        return self.dataset.datasets[number], at
 
     def _check(self, batch: MicroBatch, vocab_size: int) -> None:
         if not any(out_of_range(ids_BS.numpy(), vocab_size) for ids_BS in (batch.tokens_BS, batch.labels_BS)):
             return
         for i in batch.sample_ids:
-            dataset, at = self.dataset, i
-            if isinstance(dataset, BlendedDataset):
-                number, at = dataset.locate(i)
-                dataset = dataset.datasets[number]
+            dataset, at = self._located(i)
             if not isinstance(dataset, GPTDataset):
                 dataset.refuse_ids(at, vocab_size)
                 continue

@@ -27,6 +27,7 @@ class StepMetrics:
     `losses` are logged losses by name; a skipped iteration's are counted as NaN where they are not finite,
     and else ignored. `grad_norm`, `num_zeros` and `params_norm` are None where not measured; `learning_rate`
     is the one that the next update will use. `router` are figures of a mixture of experts, by name.
+    `data_wait_s` is what of `elapsed_s` went into waiting for samples.
     """
 
     iteration: int
@@ -43,6 +44,7 @@ class StepMetrics:
     num_zeros: float | None = None
     params_norm: float | None = None
     router: Mapping[str, float] = field(default_factory=dict)
+    data_wait_s: float | None = None
 
     def values(self) -> dict[str, float]:
         """The figures under Megatron's tags; losses are left out of a skipped iteration."""
@@ -84,11 +86,14 @@ class TrainingLog:
     _num_nan: int = field(default=0, init=False)
     _elapsed_s: float = field(default=0.0, init=False)
     _num_tokens: int = field(default=0, init=False)
+    _data_wait_s: float | None = field(default=None, init=False)
 
     def add(self, step: StepMetrics) -> None:
         """Take in one iteration."""
         self._elapsed_s += step.elapsed_s
         self._num_tokens += step.num_tokens
+        if step.data_wait_s is not None:
+            self._data_wait_s = (self._data_wait_s or 0.0) + step.data_wait_s
         if step.skipped:
             self._num_skipped += 1
             self._num_nan += any(not math.isfinite(loss) for loss in step.losses.values())
@@ -119,8 +124,9 @@ class TrainingLog:
         self._loss_sums = dict.fromkeys(self._loss_sums, np.float32(0))
         self._router_sums.clear()
         self._num_advanced = self._num_skipped = self._num_nan = self._num_tokens = 0
-        self._elapsed_s = 0.0
-        return line + format_router(router) + format_speed(tokens_per_s, mfu, peak_memory_bytes)
+        data_wait = self._data_wait_s / self._elapsed_s if self._data_wait_s is not None and self._elapsed_s else None
+        self._elapsed_s, self._data_wait_s = 0.0, None
+        return line + format_router(router) + format_speed(tokens_per_s, mfu, peak_memory_bytes, data_wait)
 
 
 def format_line(
@@ -164,13 +170,21 @@ def format_router(figures: Mapping[str, float]) -> str:
     return "".join(f" {name}: {figure:.6E} |" for name, figure in figures.items())
 
 
-def format_speed(tokens_per_s: float, mfu: float | None, peak_memory_bytes: int | None) -> str:
-    """What tessel adds to the line: tokens/s over all devices, MFU (causal FLOPs), peak memory of this process."""
+def format_speed(
+    tokens_per_s: float, mfu: float | None, peak_memory_bytes: int | None, data_wait: float | None = None
+) -> str:
+    """What tessel adds to the line.
+
+    tokens/s over all devices, MFU (causal FLOPs), peak memory and the share of time spent waiting for data, both of
+    this process.
+    """
     text = f" tokens/s: {tokens_per_s:.1f} |"
     if mfu is not None:
         text += f" MFU: {mfu * 100.0:.1f}% |"
     if peak_memory_bytes is not None:
         text += f" peak memory: {peak_memory_bytes / GIB_BYTES:.2f} GiB |"
+    if data_wait is not None:
+        text += f" data wait: {data_wait * 100.0:.2f}% |"
     return text
 
 

@@ -65,6 +65,7 @@ class Trainer:
     def __init__(self, parts: Parts, position: Position, started_s: float) -> None:
         self._parts = parts
         self.position = position
+        self._stalled_before_s = 0.0
         self._stop = StopRequest(
             parts.cfg.batch.exit_duration_in_mins,
             parts.cfg.batch.exit_interval,
@@ -116,7 +117,8 @@ class Trainer:
         following = position.consumed_samples + size
         if position.iteration + 1 < parts.train_iters:
             parts.train_loader.prefetch(following, parts.batch_size.at(following), micro_batch_size)
-        return [batch.to(parts.device) for batch in batches]
+        # From page-locked memory, copies go on beside the computing.
+        return [batch.to(parts.device, non_blocking=parts.device.type != "cpu") for batch in batches]
 
     def _train_on(self, batches: list[MicroBatch], size: int) -> StepResult:
         parts, position = self._parts, self.position
@@ -167,7 +169,9 @@ class Trainer:
             grad_norm=result.grad_norm,
             num_zeros=result.num_zeros,
             params_norm=norm,
+            data_wait_s=parts.train_loader.stall_s - self._stalled_before_s,
         )
+        self._stalled_before_s = parts.train_loader.stall_s
         parts.training_log.add(step)
         values = step.values() | {
             "tokens-per-s": step.num_tokens / elapsed_s,

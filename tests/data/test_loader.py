@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 
 from tessel.config.run import Data, RunConfig
 from tessel.data.blend import BlendedDataset
+from tessel.data.instruct.samples import PairSample
 from tessel.data.loader import Loader, MicroBatch
-from tessel.data.samples import GPTDataset, SampleOptions
+from tessel.data.samples import GPTDataset, Sample, SampleOptions
 from tessel.errors import TesselError
 
-from .datasets import EOD, open_random
+from .datasets import EOD, open_random, random_lengths
 
 
 @pytest.fixture
@@ -21,6 +23,15 @@ def dataset(tmp_path: Path) -> GPTDataset:
     indexed = open_random(tmp_path / "data", [23] * 30)
     options = SampleOptions(8, eod_id=EOD, reset_attention_mask=True, eod_mask_loss=True)
     return GPTDataset(indexed, np.arange(30, dtype=np.int32), 80, options)
+
+
+OPTIONS = (
+    SampleOptions(8),
+    SampleOptions(8, add_extra_token=False, pad_id=3),
+    SampleOptions(8, eod_id=EOD, eod_mask_loss=True, reset_position_ids=True),
+    SampleOptions(8, eod_id=EOD, reset_attention_mask=True),
+    SampleOptions(8, inter_document_masking=True, pad_id=9),
+)
 
 
 def config(num_workers: int = 0, **data: object) -> RunConfig:
@@ -74,6 +85,67 @@ def test_without_masks_there_are_no_segments(tmp_path: Path) -> None:
     plain = GPTDataset(indexed, np.arange(30, dtype=np.int32), 8, SampleOptions(8))
     with Loader(plain, config()) as loader:
         assert loader.fetch(0, 2, 2)[0].segments_BS is None
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rows_are_the_samples(tmp_path: Path, options: SampleOptions) -> None:
+    """Written into the tensors of a batch, they are what the datasets give one by one."""
+    indexed = [open_random(tmp_path / name, random_lengths(seed, 30), seed) for seed, name in enumerate("ab")]
+    parts = [GPTDataset(part, np.arange(30, dtype=np.int32), 25, options, drop_last=False) for part in indexed]
+    blend = BlendedDataset(parts, [2, 1], 30)
+    with Loader(blend, config(2)) as loader:
+        batches = loader.fetch(0, 30, 3)
+    for batch in batches:
+        for row, i in enumerate(batch.sample_ids):
+            sample = blend[i]
+            assert not isinstance(sample, PairSample)
+            assert batch.tokens_BS[row].tolist() == sample["tokens"].tolist()
+            assert batch.labels_BS[row].tolist() == sample["labels"].tolist()
+            assert batch.loss_mask_BS[row].tolist() == sample["loss_mask"].tolist()
+            assert batch.positions_BS[row].tolist() == sample["position_ids"].tolist()
+            assert (batch.segments_BS is None) == (sample["segments"] is None)
+            if batch.segments_BS is not None and sample["segments"] is not None:
+                assert batch.segments_BS[row].tolist() == sample["segments"].tolist()
+
+
+class EndlessDataset(GPTDataset):
+    """A dataset of 3 * 10^9 samples that counts which of them are read."""
+
+    def __init__(self, small: GPTDataset) -> None:
+        self.__dict__.update(small.__dict__)
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 3 * 10**9
+
+    def write(self, i: int, rows: Sample) -> None:
+        self.read.append(i)
+        super().write(i % 50, rows)
+
+
+def test_going_on_far_into_the_data_reads_what_it_trains_on_and_no_more(dataset: GPTDataset) -> None:
+    endless = EndlessDataset(dataset)
+    tracemalloc.start()
+    with Loader(endless, config(2), rank=1, num_ranks=2) as loader:
+        batches = loader.fetch(10**9, 16, 4)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    ids = [*range(10**9 + 4, 10**9 + 8), *range(10**9 + 12, 10**9 + 16)]
+    assert [i for batch in batches for i in batch.sample_ids] == ids
+    assert sorted(endless.read) == ids
+    assert peak_bytes < 1 << 20
+
+
+@pytest.mark.parametrize(("num_ranks", "micro_batch_size"), [(1, 1), (1, 6), (2, 3), (3, 2), (6, 1)])
+def test_a_run_goes_on_with_the_same_samples_in_another_layout(
+    dataset: GPTDataset, num_ranks: int, micro_batch_size: int
+) -> None:
+    """The position is a number of samples, so that the next step holds the same ones however it is dealt out."""
+    ids = []
+    for rank in range(num_ranks):
+        with Loader(dataset, config(), rank=rank, num_ranks=num_ranks) as loader:
+            ids += [i for batch in loader.fetch(18, 6, micro_batch_size) for i in batch.sample_ids]
+    assert sorted(ids) == list(range(18, 24))
 
 
 def test_another_request_than_the_one_read_ahead(dataset: GPTDataset) -> None:

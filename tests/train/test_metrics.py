@@ -118,6 +118,17 @@ def test_optional_fields_stand_where_megatron_has_them() -> None:
     )
 
 
+def test_the_share_of_time_that_went_into_waiting_for_data() -> None:
+    log = TrainingLog(10)
+    for wait_s in (0.004, 0.001):
+        log.add(_step(data_wait_s=wait_s))
+    assert log.line(_step()).endswith(" tokens/s: 2048.0 | data wait: 1.00% |")
+    log.add(_step(data_wait_s=0.0))
+    assert log.line(_step()).endswith(" data wait: 0.00% |")
+    log.add(_step())
+    assert "data wait" not in log.line(_step())
+
+
 def test_a_line_averages_over_the_iterations_that_were_not_skipped() -> None:
     log = TrainingLog(10)
     steps = [
