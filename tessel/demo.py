@@ -101,7 +101,10 @@ def _check(cfg: DemoConfig) -> None:
     if cfg.train_iters < 1:
         raise UsageError(f"--train-iters is {cfg.train_iters}: it must be at least 1. Raise it, or leave it out.")
     if cfg.data is not None:
-        check_inputs([require_path(cfg.data, "--data")], [TEXT_KEY])
+        text = require_path(cfg.data, "--data")
+        if text.is_dir():
+            raise UsageError(f"--data {text} is a folder, and the demo reads one file of text. Name one.")
+        check_inputs([text], [TEXT_KEY])
     if not Path(cfg.output).is_file():  # of which `_claim` says more
         require_writable(cfg.output, "--output")
     device.resolve(cfg.device)

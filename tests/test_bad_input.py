@@ -299,7 +299,8 @@ def test_data_that_cannot_be_trained_on(
         ("a.jsonl", b'{"text": "1 2"}\n{"text": 1 2}\n', ["a.jsonl, line 2", "invalid JSON"]),
         ("a.jsonl", b'{"text": "1 2"}\n\n{"txet": "1 2"}\n', ["a.jsonl, line 3", "no key 'text'", "txet"]),
         ("a.jsonl", b"[1]\n", ["a.jsonl, line 1", "a list"]),
-        ("a.csv", b"1,2", [".txt", "tessel preprocess"]),
+        ("a.csv", b"1,2\n3,4\n", ["a.csv has no column 'text'", "it has 1, 2", "--json-keys"]),
+        ("a.pdf", b"%PDF", [".txt", "tessel preprocess"]),
     ],
 )
 def test_raw_text_that_cannot_be_read(
