@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tessel.config.run import Tokenizer
+from tessel.config.tokenizer import Tokenizer
 from tessel.data.indexed import IndexedDatasetWriter, optimal_dtype
 from tessel.data.readers import parse_rows, read_blocks
 from tessel.data.text_encoder import TextEncoder

@@ -27,7 +27,7 @@ from tessel.config.preprocess_rules import validate_merge, validate_preprocess, 
 from tessel.config.run import RunConfig
 from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
-from tessel.config.tune import sft_defaults
+from tessel.config.tune import with_defaults
 from tessel.config.validate import advice, validate, validate_samples
 from tessel.launch import launch, starts_processes
 from tessel.runtime.failure import shown_once
@@ -45,12 +45,17 @@ def pretrain(argv: list[str]) -> None:
 
 def sft(argv: list[str]) -> None:
     """Fine-tune a model on dialogues, whole or by adapters (LoRA)."""
-    _train("sft", argv, _with_sft_defaults)
+    _train("sft", argv, lambda parsed: _with_defaults("sft", parsed))
 
 
-def _with_sft_defaults(parsed: Parsed) -> Parsed:
-    cfg, taken = sft_defaults(parsed.value, parsed.given, _positions(parsed.value.checkpoint.load))
-    provenance = parsed.provenance | dict.fromkeys(taken, "default of sft")
+def dpo(argv: list[str]) -> None:
+    """Teach a model which of two answers is preferred (DPO)."""
+    _train("dpo", argv, lambda parsed: _with_defaults("dpo", parsed))
+
+
+def _with_defaults(verb: str, parsed: Parsed) -> Parsed:
+    cfg, taken = with_defaults(verb, parsed.value, parsed.given, _positions(parsed.value.checkpoint.load))
+    provenance = parsed.provenance | dict.fromkeys(taken, f"default of {verb}")
     values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in taken.items())
     note = [f"not given, and taken to be: {values}"] if taken else []
     return replace(parsed, value=cfg, provenance=provenance, notes=(*parsed.notes, *note))
@@ -64,11 +69,11 @@ def _positions(folder: str | None) -> int | None:
         return None  # another format, or a folder that will be refused in words later
 
 
-def _train(verb: str, argv: list[str], with_defaults: Callable[[Parsed], Parsed]) -> None:
+def _train(verb: str, argv: list[str], completed: Callable[[Parsed], Parsed]) -> None:
     world = World.from_environment()
     voice.speak_as(world.rank)
     with shown_once(world):
-        parsed = with_defaults(parse(RunConfig, argv, f"tessel {verb}", MEGATRON))
+        parsed = completed(parse(RunConfig, argv, f"tessel {verb}", MEGATRON))
         cfg = validate(parsed.value)
         if not is_launched():
             _note(*parsed.notes, *advice(cfg, parsed.given))
@@ -291,6 +296,7 @@ def demo(argv: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "sft": sft,
+    "dpo": dpo,
     "preprocess": preprocess,
     "merge-datasets": merge_datasets,
     "split": split,

@@ -58,6 +58,19 @@ def check_kind(cfg: RunConfig) -> None:
         raise UsageError(f"--stage {wanted.stage} trains on dialogues: add {flag}, or leave it out.")
 
 
+def check_preferences(cfg: RunConfig) -> None:
+    """Numbers of the loss of pairs."""
+    wanted = cfg.preference
+    if not wanted.dpo_beta > 0:
+        raise UsageError(f"--dpo-beta {wanted.dpo_beta:g} must be above 0.")
+    if not 0 <= wanted.dpo_label_smoothing < 0.5:
+        raise UsageError(f"--dpo-label-smoothing {wanted.dpo_label_smoothing:g} must be at least 0 and below 0.5.")
+    if wanted.dpo_label_smoothing and wanted.dpo_loss_type != "sigmoid":
+        raise UsageError(f"--dpo-label-smoothing is for --dpo-loss-type sigmoid, not {wanted.dpo_loss_type}.")
+    if wanted.pref_ftx < 0:
+        raise UsageError(f"--pref-ftx {wanted.pref_ftx:g} must not be negative.")
+
+
 def check_samples(cfg: RunConfig) -> None:
     """How samples are cut, padded and told apart."""
     wanted = cfg.finetune
@@ -80,4 +93,4 @@ def check_samples(cfg: RunConfig) -> None:
             raise UsageError(f'--map-keys is {wanted.map_keys!r}: it must be an object, such as {{"prompt": "q"}}.')
 
 
-FINETUNE_RULES: tuple[Callable[[RunConfig], None], ...] = (check_kind, check_samples)
+FINETUNE_RULES: tuple[Callable[[RunConfig], None], ...] = (check_kind, check_preferences, check_samples)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tessel.config.field import REQUIRED, option
-from tessel.config.run import Tokenizer
+from tessel.config.tokenizer import Tokenizer
 
 TOOLS = ("megatron", "mindspeed", "pai", "pai-sft")
 """Tools whose bytes can be asked for: Megatron-LM's preprocess_data.py, MindSpeed-LLM's, Pai's two."""

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from tessel.config.field import REQUIRED, option
 from tessel.config.layout import SHARDING_STRATEGIES, Launch
-from tessel.config.run import ModelShape, RunConfig, Tokenizer
+from tessel.config.run import ModelShape, RunConfig
+from tessel.config.tokenizer import Tokenizer
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
 TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tessel.config.run import Data, RunConfig
-from tessel.config.run import Tokenizer as TokenizerSection
+from tessel.config.tokenizer import Tokenizer as TokenizerSection
 from tessel.data.blend import Blend, BlendedDataset, Part, normalize, share_sizes
 from tessel.data.cache import IndexCache
 from tessel.data.indexed import IndexedDataset, strip_suffix

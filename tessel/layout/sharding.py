@@ -146,7 +146,7 @@ def _mixture(config: DecoderShape, mlp: str) -> dict[str, ParamRule]:
 
 
 def _adapters(table: dict[str, ParamRule], spec: AdapterSpec) -> dict[str, ParamRule]:
-    """The rows of low-rank adapters: what touches the cut dim of a weight is cut as it is, the rest sees a part of it."""
+    """The rows of low-rank adapters: what touches the cut dim of a weight is cut as it is; the rest sees a part."""
     rows = {}
     for pattern, rule in table.items():
         module, _, leaf = pattern.rpartition(".")

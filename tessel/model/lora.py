@@ -20,7 +20,7 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(torch.empty(out_features, spec.rank))
         self.scale, self.dropout = spec.scale, spec.dropout
         # In a tuple, so that the owner's parameter is not registered here as well.
-        self._owner = () if owner is None else (owner,)
+        self._owner: tuple[Adapter, ...] = () if owner is None else (owner,)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [..., in_features] and what the linear map made of it, [..., out_features] -> their sum."""

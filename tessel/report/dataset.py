@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tessel.config.run import Tokenizer as TokenizerSection
+from tessel.config.tokenizer import Tokenizer as TokenizerSection
 from tessel.data.indexed import IndexedDataset
 from tessel.data.metadata import read_metadata
 from tessel.data.tokenizer import NULL, HuggingFaceTokenizer, Tokenizer, has_tokenizer, load_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tessel.config.run import Tokenizer as TokenizerSection
+from tessel.config.tokenizer import Tokenizer as TokenizerSection
 from tessel.data.indexed import IndexedDataset
 from tessel.data.metadata import read_metadata
 from tessel.data.tokenizer import Tokenizer

@@ -97,7 +97,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check(cfg: TemplatesConfig) -> bool:
-    from tessel.config.run import Tokenizer
+    from tessel.config.tokenizer import Tokenizer
     from tessel.data.instruct.chat import ChatRenderer
     from tessel.data.instruct.render import renderer_for
     from tessel.data.instruct.rendering import RenderOptions

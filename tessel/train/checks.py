@@ -32,19 +32,6 @@ def check_layout(cfg: RunConfig, model_config: ModelConfig, world_size: int) -> 
     return topology
 
 
-def check_dialogues(cfg: RunConfig) -> None:
-    """Pairs of answers are not for this verb.
-
-    Raises:
-        UsageError: they are asked for.
-    """
-    if cfg.finetune.is_pairwise_dataset or cfg.finetune.stage == "dpo":
-        raise UsageError(
-            "--is-pairwise-dataset is for learning preferences, and this trains on one answer: give "
-            "--is-instruction-dataset and its data."
-        )
-
-
 def check_model_of_run(cfg: RunConfig, source: Source, model_config: ModelConfig) -> None:
     """The run in --save is of the model that --load or --init-from-config names beside it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,10 @@ from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.stored import StoredModel
 from tessel.checkpoint.tiles import tiled
 from tessel.config.run import RunConfig, Schedule
-from tessel.data.build import Splits, build_datasets, num_samples_for
-from tessel.data.check import check_dataset
-from tessel.data.instruct.build import num_training_samples
+from tessel.data.build import Splits
 from tessel.data.loader import Loader
-from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError
 from tessel.layout.topology import Topology
-from tessel.model.config import ModelConfig
 from tessel.parallel.groups import Groups
 from tessel.runtime import device as devices
 from tessel.runtime import random as random_state
@@ -30,20 +26,20 @@ from tessel.runtime.process import Processes, on_every_node, process_group
 from tessel.runtime.team import Team
 from tessel.runtime.world import World
 from tessel.train import foreign, frugal
-from tessel.train.adapting import Adapting, adapting
 from tessel.train.batch_size import BatchSize, batch_size_of, train_iters_for
-from tessel.train.checks import check_dialogues, check_folders, check_layout, check_length, check_model_of_run
 from tessel.train.evaluation import Evaluator
 from tessel.train.flops import flops_per_token
-from tessel.train.formats import check_formats, formats_of
+from tessel.train.formats import formats_of
+from tessel.train.found import Found, build_splits, find, with_length
 from tessel.train.identity import check_same_run, model_differences, run_identity
 from tessel.train.learner import Learner
 from tessel.train.metrics import TrainingLog, tensorboard_tags_off
+from tessel.train.reference import build_preferences
 from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler, build_schedules
-from tessel.train.setup import build_learner, compute_dtype, groups_of, largest_gradient, model_config_of
-from tessel.train.sinks import build_sinks, check_packages
-from tessel.train.source import Kind, Source, agreed, asked_model, find_source
+from tessel.train.setup import build_learner, compute_dtype, groups_of, largest_gradient
+from tessel.train.sinks import build_sinks
+from tessel.train.source import Kind, agreed, asked_model
 from tessel.train.step import TrainStep
 from tessel.train.trainer import Parts, Position, Trainer, metrics_path
 
@@ -57,7 +53,7 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
     """
     started_s = time.monotonic()
     world = World.from_environment()
-    look = on_every_node(lambda: _find(cfg, given, world), world)
+    look = on_every_node(lambda: find(cfg, given, world), world)
     device = devices.resolve(cfg.runtime.device, world)
     if cfg.precision.deterministic_mode:
         devices.set_deterministic()
@@ -70,73 +66,20 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
         log(found.source.describe())
         if found.adapting is not None:
             log(found.adapting.describe())
-        cfg = processes.together(lambda: _with_length(cfg, found, processes))
+        cfg = processes.together(lambda: with_length(cfg, found, processes))
         batch_size = batch_size_of(cfg.batch, found.topology.dp)
         train_iters = cfg.batch.train_iters or train_iters_for(cfg.batch.train_samples or 0, batch_size)
         groups = groups_of(cfg, found.topology, found.model_config, device)
-        splits = processes.together(lambda: _splits(cfg, found, train_iters, processes))
+        splits = processes.together(lambda: build_splits(cfg, found, train_iters, processes))
         random_state.seed_all(cfg.precision.seed, found.topology.place(world.rank).pp)
         run = _Run(cfg, found, splits, device, groups, processes, _teams(cfg, processes), stack)
         run.train(batch_size, train_iters, started_s)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What the flags and the folders that they name come to."""
-
-    source: Source
-    model_config: ModelConfig
-    topology: Topology
-    tokenizer: Tokenizer
-    adapting: Adapting | None = None
-
-
-def _find(cfg: RunConfig, given: frozenset[str], world: World) -> _Found:
-    """Read what the flags name, as far as there is something to refuse in it; nothing large, no other process."""
-    check_dialogues(cfg)
-    check_folders(cfg)
-    check_packages(cfg.logging)
-    source = find_source(cfg.checkpoint, cfg.model)
-    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
-    check_model_of_run(cfg, source, model_config)
-    model_config = model_config.with_router_options(cfg.experts, given)
-    adapters = adapting(cfg, source, model_config)
-    if adapters is not None:
-        model_config = replace(model_config, adapters=adapters.spec)
-    check_length(cfg, model_config)
-    topology = check_layout(cfg, model_config, world.world_size)
-    check_formats(cfg, model_config)
-    tokenizer = load_tokenizer(cfg.tokenizer, source.model_folder, cfg.model.vocab_size)
-    check_fits(tokenizer, model_config.vocab_size)
-    return _Found(source, model_config, topology, tokenizer, adapters)
 
 
 def _teams(cfg: RunConfig, processes: Processes) -> tuple[Team, Team]:
     """The processes as readers and writers of folders; and once more, for a save in the background."""
     nodes = processes.nodes if cfg.launch.no_shared_storage else None
     return Team.of(nodes), Team.of(nodes) if cfg.checkpoint.async_save else Team()
-
-
-def _with_length(cfg: RunConfig, found: _Found, processes: Processes) -> RunConfig:
-    """The iterations that --num-train-epochs come to: whole batches, one at least."""
-    epochs = cfg.finetune.num_train_epochs
-    if epochs is None:
-        return cfg
-    with processes.first("preprocessing dialogues", per_node=cfg.launch.no_shared_storage):
-        num_samples = num_training_samples(cfg, found.tokenizer)
-    assert cfg.batch.global_batch_size is not None
-    train_iters = max(int(epochs * num_samples) // cfg.batch.global_batch_size, 1)
-    log(f"{epochs:g} epochs of {num_samples:,} samples: {train_iters:,} iterations")
-    return replace(cfg, batch=replace(cfg.batch, train_iters=train_iters))
-
-
-def _splits(cfg: RunConfig, found: _Found, train_iters: int, processes: Processes) -> Splits:
-    """The data; one process (of each node, without shared storage) tokenizes and builds what the others then read."""
-    with processes.first("tokenizing and indexing the data", per_node=cfg.launch.no_shared_storage):
-        splits = build_datasets(cfg, found.tokenizer, num_samples_for(cfg, train_iters))
-        for dataset in splits.by_name().values():
-            check_dataset(dataset, found.model_config.vocab_size, found.tokenizer)
-    return splits
 
 
 def _layout_of(cfg: RunConfig, topology: Topology, processes: Processes) -> dict[str, Any]:
@@ -150,7 +93,7 @@ class _Run:
     def __init__(
         self,
         cfg: RunConfig,
-        found: _Found,
+        found: Found,
         splits: Splits,
         device: torch.device,
         groups: Groups | None,
@@ -168,7 +111,7 @@ class _Run:
         self._device = device
         self._processes = processes
         self._stack = stack
-        self._adapting = found.adapting
+        self._adapting, self._groups = found.adapting, groups
         self._identity = run_identity(cfg, found.model_config, splits)
         self._saved_state = self._read_saved_state()
         self._learner: Learner = build_learner(
@@ -277,6 +220,9 @@ class _Run:
             skip_not_finite=cfg.precision.no_check_for_nan_in_loss_and_grad,
             largest_gradient=largest_gradient(cfg.precision),
             logs_trained_loss=cfg.finetune.reads_dialogues,
+            preferences=build_preferences(
+                cfg, self._learner, self._model_config, self._adapting, self._device, self._groups, self._stack
+            ),
         )
         training_log = TrainingLog(
             train_iters,
@@ -306,6 +252,8 @@ class _Run:
 
     def _evaluator(self, sinks: list[Any], position: Position) -> Evaluator:
         by_name = self._splits.by_name()
+        if self._cfg.finetune.is_pairwise_dataset:
+            by_name = {}  # a loss of pairs is not one of tokens
         loaders = {name: self._loader(data) for name, data in by_name.items() if data is not None and name != "train"}
         test = loaders.pop("test", None)
         valid = {name.removeprefix("valid"): loader for name, loader in loaders.items()}

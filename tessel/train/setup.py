@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from tessel.checkpoint.fill import fill_model
 from tessel.checkpoint.tiles import held_tile, local_of, tiled
 from tessel.config.layout import Layout
 from tessel.config.layout_rules import sharding_strategy_of
-from tessel.config.run import ModelShape, Precision, RunConfig, Tokenizer
+from tessel.config.run import ModelShape, Precision, RunConfig
+from tessel.config.tokenizer import Tokenizer
 from tessel.data.tokenizer import load_tokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.layout.adapters import is_adapter
@@ -120,6 +122,42 @@ def build_learner(
         tiles=tiles,
         balance=balance,
     )
+
+
+def build_reference(
+    cfg: RunConfig,
+    model_config: ModelConfig,
+    source: Source,
+    device: torch.device,
+    groups: Groups | None,
+    stack: contextlib.ExitStack,
+) -> Runner:
+    """What runs a frozen model with the weights of `source`, laid out as the one that is trained."""
+    plain = replace(model_config, adapters=None)
+    dtype = compute_dtype(cfg.precision)
+    balance = Balance(plain, RouterOptions.from_options(cfg.experts))
+    tiles = tiles_of(plain, groups)
+    stages = stages_asked(cfg.layout, plain.num_hidden_layers)
+    build = _builder(cfg, plain, balance, device)
+
+    def frozen() -> Transformer:
+        model = build()
+        freeze_base(model, dtype)
+        return model
+
+    parts = parallelize(
+        frozen,
+        plain,
+        groups,
+        stages,
+        cfg.layout,
+        lambda parts: _load_weights(parts, tiles, plain, source, cfg, device),
+        cfg.kernels.compile,
+        _sharding(cfg, groups, dtype, device, stack),
+    )
+    for part in parts:
+        part.eval()
+    return _runner(cfg, parts, stages, groups)
 
 
 def _builder(

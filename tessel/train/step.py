@@ -17,6 +17,7 @@ from tessel.model.balance import Balance
 from tessel.parallel.peers import Peers
 from tessel.parallel.runner import Runner
 from tessel.train.gradients import Gradients
+from tessel.train.preference import Preferences
 from tessel.train.scaler import DynamicScaler, GradScaler
 
 
@@ -76,11 +77,13 @@ class TrainStep:
         skip_not_finite: bool,
         largest_gradient: float = math.inf,
         logs_trained_loss: bool = False,
+        preferences: Preferences | None = None,
     ) -> None:
         """`largest_gradient` is where a scaled gradient counts as overflowed. `balance`: of a mixture of experts.
 
         `logs_trained_loss`: the loss that is logged is the one whose gradient is taken, as MindSpeed-LLM's
-        fine-tuning has it; else the mean over tokens, as Megatron has it whatever is trained.
+        fine-tuning has it; else the mean over tokens, as Megatron has it whatever is trained. `preferences`: batches
+        hold pairs of answers, and these weigh them.
         """
         self._runner = runner
         self._optimizer = optimizer
@@ -94,6 +97,8 @@ class TrainStep:
         self._count_zeros = count_zeros
         self._skip_not_finite = skip_not_finite
         self._logs_trained_loss = logs_trained_loss
+        self._preferences = preferences
+        self._figures: Mapping[str, float] = {}
         # NaN compares as false, so an infinite bound still finds what is not finite.
         self._largest_gradient = min(largest_gradient, torch.finfo(torch.float32).max)
 
@@ -103,7 +108,7 @@ class TrainStep:
         A step whose result is not finite is not applied either: the caller decides what follows.
         """
         loss_value, divisor = self._forward_backward(batches)
-        router = self._balanced(len(batches), loss_value.device)
+        router = {**self._balanced(len(batches), loss_value.device), **self._figures}
         loss = float(loss_value)
         self._gradients.finalize()
         finite = math.isfinite(loss)
@@ -136,6 +141,8 @@ class TrainStep:
         Both are scalars on the device. The second is not 1 only for the loss per token under a loss scale: Megatron
         divides by the number of tokens after the last backward, and what overflows depends on it.
         """
+        if self._preferences is not None:
+            return self._on_pairs(batches, self._preferences)
         masks = [batch.loss_mask_BS for batch in batches]
         own_tokens = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
         num_tokens = self._peers.sum_tokens(own_tokens).clamp(min=1)
@@ -162,6 +169,16 @@ class TrainStep:
             nll_sum = torch.where(factors > 0, nll / factors, nll).sum()
             loss = self._peers.sum_losses(nll_sum) / num_tokens
         return loss, num_tokens if divide_later else torch.ones_like(num_tokens)
+
+    def _on_pairs(self, batches: Sequence[MicroBatch], preferences: Preferences) -> tuple[Tensor, Tensor]:
+        scale = self.scaler.scale if self.scaler is not None else 1.0
+        weighed = preferences.weigh(batches)
+        if self._balance is not None:
+            self._balance.start_step(scale / len(batches) / self._peers.num_replicas)
+        self._runner.train(batches, [weights_BS * scale for weights_BS in weighed.weights], self._z_loss_coeff)
+        self._figures = weighed.figures
+        loss = torch.tensor(weighed.loss, dtype=torch.float64, device=self._peers.device)
+        return loss, torch.ones_like(loss)
 
     @torch.no_grad()
     def _unscale(self, divisor: float) -> bool:

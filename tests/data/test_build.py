@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tessel.config.run import Batch, Data, Evaluation, Precision, RunConfig, Tokenizer
+from tessel.config.run import Batch, Data, Evaluation, Precision, RunConfig
+from tessel.config.tokenizer import Tokenizer
 from tessel.data.blend import BlendedDataset
 from tessel.data.build import ValidationSets, build_datasets
 from tessel.data.check import check_dataset, check_token_ids

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tessel.config.run import Tokenizer as Section
+from tessel.config.tokenizer import Tokenizer as Section
 from tessel.data import check
 from tessel.data.indexed import IndexedDataset
 from tessel.data.preprocess import preprocess_files

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tessel.config.run import Data, Tokenizer
+from tessel.config.run import Data
+from tessel.config.tokenizer import Tokenizer
 from tessel.data.blend import BlendedDataset, parse_blend
 from tessel.data.build import build_splits, sample_options
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tessel.config.preprocess import PreprocessConfig
-from tessel.config.run import Tokenizer as Section
+from tessel.config.tokenizer import Tokenizer as Section
 from tessel.data.indexed import IndexedDataset
 from tessel.data.metadata import metadata_path, read_metadata
 from tessel.data.preprocess import preprocess, preprocess_files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tessel.config.run import Tokenizer as Section
+from tessel.config.tokenizer import Tokenizer as Section
 from tessel.data.indexed import IndexedDataset
 from tessel.data.raw_text import default_cache_dir, preprocessed_prefix
 from tessel.data.tokenizer import HuggingFaceTokenizer, NullTokenizer

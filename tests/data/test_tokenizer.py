@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tessel.config.run import Tokenizer as Section
+from tessel.config.tokenizer import Tokenizer as Section
 from tessel.data.tokenizer import HuggingFaceTokenizer, NullTokenizer, check_fits, has_tokenizer, load_tokenizer
 from tessel.errors import TesselError, UsageError
 

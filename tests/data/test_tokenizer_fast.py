@@ -17,7 +17,7 @@ import pytest
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from tessel.config.run import Tokenizer as Section
+from tessel.config.tokenizer import Tokenizer as Section
 from tessel.data.tokenizer import HuggingFaceTokenizer
 from tessel.data.tokenizer.encoders import FastEncoder, ReferenceEncoder, prove_fast
 from tessel.data.tokenizer.nasty import nasty_texts
@@ -195,7 +195,7 @@ def test_leaving_out_special_tokens(tiny_tokenizer_folder: Path, tmp_path: Path)
 
 PROGRAM = """
 import json, sys
-from tessel.config.run import Tokenizer as Section
+from tessel.config.tokenizer import Tokenizer as Section
 from tessel.data.tokenizer import load_fast
 from tessel.errors import TesselError
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tessel.cli import main
-from tessel.config.run import Tokenizer as Section
+from tessel.config.tokenizer import Tokenizer as Section
 from tessel.data.indexed import IndexedDataset
 from tessel.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tessel.errors import TesselError, UsageError

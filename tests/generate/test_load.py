@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import distributed
 
-from tessel.config.run import Tokenizer
+from tessel.config.tokenizer import Tokenizer
 from tessel.config.verbs import Loading
 from tessel.errors import TesselError, UsageError
 from tessel.generate import load as loads

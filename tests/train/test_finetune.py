@@ -47,14 +47,19 @@ def assert_alike(ours: list[dict], theirs: list[dict], tolerance: float = 1e-5) 
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("case", ["sft", "sft_padded", "sft_pack"])
+@pytest.mark.parametrize("case", ["sft", "sft_padded", "sft_pack", "lora", "dpo_sigmoid"])
 def test_run_agrees_with_mindspeed(shared: Path, case: str, tmp_path: Path) -> None:
-    """Every logged loss to 5e-6 and every gradient norm to its last digit, and the evaluations."""
+    """Every logged loss to 5e-6 and every gradient norm to its last digit, and the evaluations.
+
+    Of preferences to 1.2e-5: the loss hangs on differences of sums of about 2,000, which fp32 holds to 1e-4.
+    """
     oracle = json.loads((shared / "oracle" / "finetune" / f"{case}.json").read_text())
     files = shared / "oracle" / "preprocess" / "files"
     flags = [str(files / flag.removeprefix("data/")) if flag.startswith("data/") else flag for flag in oracle["flags"]]
     command = [sys.executable, "-m", "tessel", "pretrain", *flags, "--save", str(tmp_path), "--no-save-optim"]
     command += ["--load", str(shared / "oracle" / "finetune" / "hf" / oracle["hf"]), "--device", "cpu"]
+    command += ["--lora-load", str(shared / "oracle" / "finetune" / "lora.adapter")] if case == "lora" else []
+    tolerance = 1.2e-5 if case == "dpo_sigmoid" else 5e-6
     command += ["--tokenizer-name-or-path", str(shared / "data" / "tokenizers" / "qwen2.5")]
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), OMP_NUM_THREADS="1")
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
@@ -64,7 +69,7 @@ def test_run_agrees_with_mindspeed(shared: Path, case: str, tmp_path: Path) -> N
     assert len(steps) == len(oracle["iterations"])
     for ours, theirs in zip(steps, oracle["iterations"], strict=True):
         assert ours["consumed_samples"] == theirs["consumed_samples"]
-        assert math.isclose(ours["lm_loss"], theirs["lm_loss"], rel_tol=5e-6), ours["iteration"]
+        assert math.isclose(ours["lm_loss"], theirs["lm_loss"], rel_tol=tolerance), ours["iteration"]
         assert abs(ours["grad_norm"] - theirs["grad_norm"]) <= 0.00051, ours["iteration"]
         assert float(f"{ours['learning_rate']:.6E}") == theirs["learning_rate"]
     evaluations = [line for line in metrics if line["kind"] != "train"]
@@ -118,7 +123,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert [line["lm_loss"] for line in train(data, tmp_path / "b", *more)] == [line["lm_loss"] for line in whole]
 
 
-def test_pairs_are_refused_where_no_preference_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_random_model_is_no_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["pretrain", *SHAPE, *NULL_TOKENIZER, *RUN[:-1], "--is-pairwise-dataset", "--train-iters", "1"]
     assert main([*argv, "--data-path", str(tmp_path / "x")]) == 2
-    assert "--is-pairwise-dataset is for learning preferences" in capsys.readouterr().err
+    assert "Learning preferences needs --load" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tessel.config.run import Tokenizer as TokenizerSection
+from tessel.config.tokenizer import Tokenizer as TokenizerSection
 from tessel.data.tokenizer.base import BatchEncoder, Tokenizer
 from tessel.data.tokenizer.encoders import FastEncoder
 from tessel.data.tokenizer.hugging_face import HuggingFaceTokenizer

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessel.config.run import Tokenizer as TokenizerSection
+from tessel.config.tokenizer import Tokenizer as TokenizerSection
 from tessel.data.tokenizer.base import NO_PAD, BatchEncoder
 from tessel.data.tokenizer.encoders import FastEncoder, ReferenceEncoder, SlowEncoder, prove_fast
 from tessel.errors import TesselError

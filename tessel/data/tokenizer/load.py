@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tessel.config.run import Tokenizer as TokenizerSection
+from tessel.config.tokenizer import Tokenizer as TokenizerSection
 from tessel.data.tokenizer.base import Tokenizer
 from tessel.data.tokenizer.hugging_face import GPT2, HuggingFaceTokenizer, gpt2_tokenizer
 from tessel.data.tokenizer.null import NULL, NullTokenizer

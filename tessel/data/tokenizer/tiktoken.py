@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tessel.config.run import Tokenizer as TokenizerSection
+from tessel.config.tokenizer import Tokenizer as TokenizerSection
 from tessel.data.tokenizer.base import NO_PAD, BatchEncoder, check_unicode, flat
 from tessel.errors import TesselError, UsageError
 

@@ -40,3 +40,22 @@ def write_dialogues(base: Path, lengths: Sequence[int], seed: int = 0, num_turns
             for ids, labels in rows:
                 writer.add_document({"input_ids": ids, "labels": labels}.get(key, np.ones(len(ids), np.int32)))
     return base
+
+
+def write_pairs(base: Path, number: int, seed: int = 0) -> Path:
+    """Random pairs of two answers to one question; returns `base`, as --data-path takes it."""
+    rng = np.random.default_rng(seed)
+    keys = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+    rows = []
+    for _ in range(number):
+        prompt = rng.integers(0, EOS, int(rng.integers(3, 9)))
+        row: list[np.ndarray] = []
+        for _ in range(2):
+            answer = np.append(rng.integers(0, EOS, int(rng.integers(2, 12))), EOS)
+            row += [np.concatenate((prompt, answer)), np.concatenate((np.full(len(prompt), IGNORED), answer))]
+        rows.append(row)
+    for number_of_key, key in enumerate(keys):
+        with IndexedDatasetWriter(f"{base}_packed_{key}_document", np.int32) as writer:
+            for row in rows:
+                writer.add_document(row[number_of_key])
+    return base

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tessel.data.indexed import IndexedDataset, IndexedDatasetWriter
-from tessel.data.instruct.shorten import IGNORED
 from tessel.data.instruct.pack import MODES, best_fit, greedy_knapsack, pack_dataset
+from tessel.data.instruct.shorten import IGNORED
 from tessel.errors import TesselError
 
 KEYS = ("input_ids", "attention_mask", "labels")
