@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from tessel.config import convert as conversion
 from tessel.config import verbs
+from tessel.config.chat import ChatConfig, validate_chat
 from tessel.config.download_rules import validate_download
 from tessel.config.generate_flags import GENERATION
 from tessel.config.generate_rules import validate_generate
@@ -191,6 +192,16 @@ def generate(argv: list[str]) -> None:
         target.generate(cfg, parsed.given)
 
 
+def chat(argv: list[str]) -> None:
+    """Talk with a trained model."""
+    read = _read_for_use(ChatConfig, argv, "chat", validate_chat)
+    if read is None:
+        return
+    from tessel.generate import chat as target
+
+    target.chat(*read)
+
+
 def inspect(argv: list[str]) -> None:
     """Say what a model folder, a run or a dataset holds."""
     cfg = _read(verbs.InspectConfig, argv, "inspect")
@@ -302,6 +313,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "split": split,
     "samples": samples,
     "generate": generate,
+    "chat": chat,
     "inspect": inspect,
     "templates": templates,
     "download": download,
@@ -330,6 +342,22 @@ def _read(
         print(format_config(cfg, mark_changes(parsed.value, cfg, parsed.provenance, "derived")))
         return None
     return cfg
+
+
+def _read_for_use(
+    cls: type[Config], argv: list[str], verb: str, check: Callable[[Config, frozenset[str]], Config]
+) -> tuple[Config, frozenset[str]] | None:
+    """As `_read`, of a verb that uses a model; with the fields that were given."""
+    parsed = parse(cls, argv, f"tessel {verb}", GENERATION)
+    cfg = check(parsed.value, parsed.given)
+    _note(*parsed.notes)
+    if parsed.print_config:
+        print(format_config(cfg, mark_changes(parsed.value, cfg, parsed.provenance, "derived")))
+        return None
+    from tessel.runtime.versions import check_versions
+
+    check_versions()
+    return cfg, parsed.given
 
 
 def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str]) -> tuple[RunConfig, dict[str, str]]:

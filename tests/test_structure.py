@@ -23,6 +23,7 @@ RANKS = {
     "download": 6,
     "launch": 6,
     "report": 6,
+    "serve": 6,
     "train": 5,
     "generate": 5,
     "convert": 5,

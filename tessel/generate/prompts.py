@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessel.config.verbs import Drawing
-from tessel.data.instruct.chat import ChatRenderer
 from tessel.data.instruct.dialogue import ANSWERING, ASSISTANT, OBSERVATION, USER, Dialogue, Message
 from tessel.data.instruct.render import SlotRenderer, render_prompt, renderer_for
 from tessel.data.instruct.rendering import Renderer
@@ -84,12 +83,7 @@ class Prompter:
 
     def stop_ids(self) -> frozenset[int]:
         """What ends an answer in the template, beside the model's own."""
-        if not isinstance(self.renderer, SlotRenderer | ChatRenderer):
-            return frozenset()
-        eos = self.renderer.vocabulary.eos
-        words = self.renderer.template.stop_words if isinstance(self.renderer, SlotRenderer) else ()
-        ids = token_ids(words, self.tokenizer, "the template's stop word")
-        return ids if eos is None else ids | {eos}
+        return frozenset() if self.renderer is None else template_stop_ids(self.renderer, self.tokenizer)
 
     def _rendered(self, prompt: Any, name: str) -> list[int]:
         if self.renderer is None:
@@ -116,6 +110,18 @@ def _messages(prompt: Any, name: str) -> list[Message]:
             raise TesselError(f"{name} is neither a text nor a list of messages with a role and a content, both texts.")
         messages.append(Message(_ROLES.get(role, role), content))
     return messages
+
+
+def template_stop_ids(renderer: Renderer, tokenizer: Tokenizer) -> frozenset[int]:
+    """What ends an answer in a template.
+
+    Raises:
+        UsageError: a stop word of the template is no single token.
+    """
+    eos = renderer.vocabulary.eos
+    words = renderer.template.stop_words if isinstance(renderer, SlotRenderer) else ()
+    ids = token_ids(words, tokenizer, "the template's stop word")
+    return ids if eos is None else ids | {eos}
 
 
 def token_ids(words: Iterable[str], tokenizer: Tokenizer, what: str) -> frozenset[int]:

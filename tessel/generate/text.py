@@ -62,7 +62,7 @@ class StopStrings:
         met = [at for string in self._strings if (at := self._held.find(string)) >= 0]
         if met:
             return self._held[: min(met)], True
-        keep = max(self._overlap(string) for string in self._strings)
+        keep = max(_overlap(self._held, string) for string in self._strings)
         given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return given, False
 
@@ -70,7 +70,42 @@ class StopStrings:
         """What was held back; the text has ended otherwise."""
         return self._held
 
-    def _overlap(self, string: str) -> int:
-        """The longest end of what is held that is a beginning of the string."""
-        longest = min(len(string) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)
+
+class TaggedText:
+    """Parts a text that grows at a pair of tags, such as <think> and </think>, which are left out.
+
+    `is_inside`: whether the text begins after the first tag.
+    """
+
+    def __init__(self, begin: str, end: str, is_inside: bool = False) -> None:
+        self._begin, self._end = begin, end
+        self.is_inside = is_inside
+        self._held = ""
+
+    def push(self, text: str) -> list[tuple[bool, str]]:
+        """What is certain now and was not before: pieces, each with whether it stands between the tags.
+
+        Where a tag is met, the piece before it is given even if it is empty: what follows another one stands apart.
+        """
+        self._held += text
+        pieces = []
+        while (at := self._held.find(tag := self._end if self.is_inside else self._begin)) >= 0:
+            pieces.append((self.is_inside, self._held[:at]))
+            self._held = self._held[at + len(tag) :]
+            self.is_inside = not self.is_inside
+        certain = len(self._held) - _overlap(self._held, tag)
+        if certain:
+            pieces.append((self.is_inside, self._held[:certain]))
+            self._held = self._held[certain:]
+        return pieces
+
+    def finish(self) -> list[tuple[bool, str]]:
+        """What was held back as the possible beginning of a tag."""
+        held, self._held = self._held, ""
+        return [(self.is_inside, held)] if held else []
+
+
+def _overlap(text: str, string: str) -> int:
+    """The longest end of `text` that is a beginning of `string`, and not the whole of it."""
+    longest = min(len(string) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
