@@ -294,6 +294,16 @@ def plot(argv: list[str]) -> None:
     target.plot(cfg)
 
 
+def flags(argv: list[str]) -> None:
+    """Say what becomes of each flag of MindSpeed-LLM, ModelLink, Pai-Megatron-Patch and Megatron-LM."""
+    cfg = _read(verbs.FlagsConfig, argv, "flags")
+    if cfg is None:
+        return
+    from tessel.drop_in import table as target
+
+    target.show(cfg)
+
+
 def demo(argv: list[str]) -> None:
     """Train a small model on real text from start to end, in about two minutes."""
     cfg = _read(verbs.DemoConfig, argv, "demo")
@@ -323,6 +333,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "doctor": doctor,
     "plan": plan,
     "plot": plot,
+    "flags": flags,
     "demo": demo,
 }
 

@@ -21,6 +21,7 @@ RANKS = {
     "__main__": 7,
     "demo": 6,
     "download": 6,
+    "drop_in": 6,
     "launch": 6,
     "report": 6,
     "serve": 6,
@@ -46,6 +47,7 @@ LIGHT = (
     "demo",
     "report",
     "download",
+    "drop_in",
     "runtime.log",
     "runtime.files",
     "runtime.versions",
@@ -60,7 +62,14 @@ LIGHT = (
 )
 VENDOR_WORDS = ("cuda", "npu", "nccl", "hccl", "nvidia", "ascend", "cudnn")
 # Where the user's own words for a device are declared and explained.
-VENDORS_ALLOWED = {"runtime/device.py", "config/run.py", "config/verbs.py", "config/megatron.py"}
+VENDORS_ALLOWED = {
+    "runtime/device.py",
+    "config/run.py",
+    "config/verbs.py",
+    "config/megatron.py",
+    "config/suites.py",
+    "drop_in/rewrites.py",
+}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

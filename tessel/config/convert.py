@@ -15,6 +15,8 @@ FORMATS = ("hf", "torch", "torch_dist", "torch_dcp", "legacy")
 PARAMS_DTYPES = ("fp32", "bf16", "fp16")
 
 _DETECTED = "the source's format and family are found by its files"
+_TOKENIZER = "the tokenizer travels along with the model"
+_COPIED = "tensors are copied from file to file, and compared"
 CONVERSION = ForeignFlags(
     {
         **{
@@ -27,15 +29,48 @@ CONVERSION = ForeignFlags(
         "--use-mcore-models": Accepted(0, "--to legacy writes the others"),
         "--add-qkv-bias": Accepted(0, _DETECTED),
         "--add-dense-bias": Accepted(0, _DETECTED),
-        "--tokenizer-model": Accepted(1, "the tokenizer travels along with the model"),
+        "--add-output-layer-bias": Accepted(0, _DETECTED),
+        "--w-pack": Accepted(1, _DETECTED),
+        "--ckpt-cfg-path": Accepted(1, _DETECTED),
+        "--ckpt-format": Accepted(1, _DETECTED),
+        "--load-from-legacy": Accepted(0, _DETECTED),
+        "--load-hf-from-config": Accepted(0, _DETECTED),
+        "--auto-model": Accepted(0, _DETECTED),
+        "--model-config-file": Accepted(1, _DETECTED),
+        "--model-index-file": Accepted(1, _DETECTED),
+        "--hf-ckpt-path": Accepted(1, _DETECTED),
+        **dict.fromkeys(("--tokenizer-model", "--vocab-file", "--merge-file"), Accepted(1, _TOKENIZER)),
+        "--true-vocab-size": Accepted(1, "config.json says how many rows there are"),
+        "--extra-vocab-size": Accepted(1, "config.json says how many rows there are"),
+        "--patch-tokenizer-type": Accepted(1, _TOKENIZER),
+        **dict.fromkeys(("--use-gpu", "--no-checking", "--debug"), Accepted(0, _COPIED)),
+        **dict.fromkeys(("--max-queue-size", "--synchronizer", "--num-hf-saver"), Accepted(1, _COPIED)),
+        **dict.fromkeys(("--megatron-path", "--pretrain-script"), Accepted(1, "no other code is needed")),
+        "--max-shard-size": Accepted(1, "files of Hugging Face are cut at 5 GB"),
+        "--convert-checkpoint-from-megatron-to-transformers": Accepted(0, "--to says what to write"),
+        "--save-safetensors": Accepted(0, "always so"),
+        "--reset-iterations": Accepted(0, "what is written is iteration 1, or a release with --release"),
     },
     {
         "--load-checkpoint-loosely": "a tensor that is missing is an error",
         "--moe-tp-extend-ep": "use --expert-tensor-parallel-size 1",
+        "--save-to-legacy": "use --to legacy",
+        "--iteration": "use --ckpt-step",
+        "--target-tp-size": "use --tensor-model-parallel-size",
+        "--target-pp-size": "use --pipeline-model-parallel-size",
+        "--input-tp-rank": "all ranks are written together",
+        "--input-pp-rank": "all ranks are written together",
+        "--lora-dir": "use --lora-load",
+        "--target-params-dtype": "use --params-dtype",
     },
     {
         "--save-lora-to-hf": "adapters alone",
         "--qlora-nf4": "weights of 4 bits",
+        **dict.fromkeys(("--tp-2d", "--tp-x", "--tp-y"), "two-dimensional tensor parallelism"),
+        **dict.fromkeys(
+            ("--d-model", "--mamba-d-state", "--mamba2-head-dim", "--mamba2-n-groups"), "state-space models"
+        ),
+        **dict.fromkeys(("--post-norm", "--embed-layernorm"), "norms in other places than before attention and MLP"),
     },
 )
 """Flags of other suites' converters, for `tessel convert`."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tessel.config.suites import SUITES_ACCEPTED, SUITES_INSTEAD, SUITES_LATER
+
 MANY = 1_000
 """As a number of values: all up to the next flag."""
 
@@ -148,6 +150,10 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("weights are held once, in fp32", "--reuse-fp32-param"),
     **_accepted("the optimizer is torch's on every device", "--use-torch-optimizer-for-cpu-offload"),
     **_accepted("one parameter's state after the other", "--swap-optimizer-times=1"),
+    **{flag: row for reason, flags in SUITES_ACCEPTED.items() for flag, row in _accepted(reason, flags).items()},
+    "--ai-framework": Accepted(1, "tessel runs on PyTorch", only=("pytorch",)),
+    "--sparse-mode": Accepted(1, "always causal", only=("0", "2")),
+    "--cp-attention-mask-type": Accepted(1, "masks follow from the documents"),
     "--main-grads-dtype": Accepted(1, "always so", only=("fp32",)),
     "--main-params-dtype": Accepted(1, "always so", only=("fp32",)),
     "--attention-mask-type": Accepted(1, "always so", only=("causal",)),
@@ -158,6 +164,7 @@ ACCEPTED: dict[str, Accepted] = {
 }  # fmt: skip
 
 INSTEAD: dict[str, str] = {
+    **SUITES_INSTEAD,
     "--batch-size": "use --micro-batch-size",
     "--warmup": "use --lr-warmup-fraction",
     "--model-parallel-size": "use --tensor-model-parallel-size",
@@ -189,6 +196,7 @@ INSTEAD: dict[str, str] = {
 }
 
 LATER: dict[str, str] = {
+    **SUITES_LATER,
     **_later("this way of dealing out layers (--num-layer-list is there)", (
         "--pipeline-model-parallel-split-rank "
         "--microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-layout "
@@ -253,7 +261,7 @@ LATER: dict[str, str] = {
         "--vocab-extra-ids --window-size --window-attn-skip-freq --no-rope-freq --rope-type --is-hybrid-model "
         "--kv-lora-rank --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim "
         "--rotary-scaling-factor --cache-mla-latents --linear-attention-freq --no-pad-vocab-size "
-        "--apply-wd-to-qk-layernorm --add-position-embedding --max-tokens-per-batch --sparse-mode"
+        "--apply-wd-to-qk-layernorm --add-position-embedding --max-tokens-per-batch"
     )),
 }  # fmt: skip
 
@@ -295,6 +303,7 @@ LATER_FAMILIES: tuple[tuple[str, str], ...] = (
     ("--enable-", "this part of MindSpeed or Megatron"),
     ("--mla-", "latent attention"),
     ("--yarn-", "YaRN by flags (a config.json with YaRN works)"),
+    ("--rope-scaling-", "YaRN by flags (a config.json with YaRN works)"),
     ("--fim-", "fill-in-the-middle data"),
     ("--mamba-", "state-space models"),
     ("--hybrid-", "state-space models"),

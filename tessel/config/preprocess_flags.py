@@ -43,7 +43,8 @@ _FIELDS = frozenset(
     {
         "--handler-name", "--partitions", "--keep-sequential-samples", "--pack", "--neat-pack", "--prompt-type",
         "--enable-thinking", "--pad-to-multiple-of", "--train-on-prompt", "--mask-history", "--map-keys", "--n-subs",
-        "--merge-group-keys", "--split-sentences", "--keep-newlines", "--lang",
+        "--merge-group-keys", "--split-sentences", "--keep-newlines", "--lang", "--input", "--output-prefix",
+        "--workers", "--append-eod", "--extra-vocab-size", "--patch-tokenizer-type",
     }
 )  # fmt: skip
 """Fields of `PreprocessConfig` that other verbs do without."""

@@ -266,6 +266,16 @@ class PlotConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlagsConfig:
+    """Whose flags."""
+
+    suite: str | None = option(
+        None, "mindspeed, modellink, pai or megatron; all of them if not given", positional=True, metavar="SUITE"
+    )
+    markdown: bool = option(False, "print the tables as docs/FLAGS.md has them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Demo."""
 
