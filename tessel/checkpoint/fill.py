@@ -11,6 +11,7 @@ from tessel.checkpoint.stored import StoredTensor
 from tessel.checkpoint.tiles import local_of, part_of, whole_tile
 from tessel.layout.adapters import is_adapter
 from tessel.layout.tiles import Tile
+from tessel.model.lora import nf4_of
 from tessel.runtime.log import progress
 from tessel.runtime.watchdog import unlimited
 
@@ -23,9 +24,11 @@ def fill_model(
 ) -> None:
     """Give every parameter of `model` but adapters the value that is stored under its name, in its own dtype.
 
-    Those on the meta device are made on `device`. `tiles`: see `huggingface.load_into`.
+    What is held in four bits is read whole and quantised whole, on every process that holds a part of it. Those on
+    the meta device are made on `device`, with the strides that they have there. `tiles`: see `huggingface.load_into`.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
+    in_four_bits = {f"{name}.weight": nf4 for name, nf4 in nf4_of(model).items()}
     with (
         unlimited("reading weights"),
         progress("reading weights", sum(parameter.numel() for parameter in parameters.values())) as bar,
@@ -33,8 +36,11 @@ def fill_model(
     ):
         for name, parameter in parameters.items():
             tile = whole_tile(stored[name].shape) if tiles is None else tiles[name]
-            if parameter.is_meta:
-                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            if name in in_four_bits:
+                part = part_of(parameter)
+                in_four_bits[name].fill(part.values, stored[name].read(), part.index())
+            elif parameter.is_meta:
+                value = torch.empty_like(parameter, device=device, requires_grad=False)
                 fill(value, tile, stored[name])
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(value, parameter.requires_grad))
@@ -55,7 +61,7 @@ def fill_adapters(
         if not is_adapter(name):
             continue
         if parameter.is_meta:
-            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            value = torch.empty_like(parameter, device=device, requires_grad=False)
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(value, parameter.requires_grad)
             setattr(model.get_submodule(owner), leaf, parameter)

@@ -93,4 +93,19 @@ def check_samples(cfg: RunConfig) -> None:
             raise UsageError(f'--map-keys is {wanted.map_keys!r}: it must be an object, such as {{"prompt": "q"}}.')
 
 
-FINETUNE_RULES: tuple[Callable[[RunConfig], None], ...] = (check_kind, check_preferences, check_samples)
+def check_adapters(cfg: RunConfig) -> None:
+    """No flag of adapters without adapters."""
+    wanted = cfg.lora
+    for name in ("use_rslora", "qlora"):
+        if getattr(wanted, name) and not wanted.is_on:
+            raise UsageError(f"{flag_of(name)} is for adapters: ask for some with --lora-r, or leave it out.")
+    if wanted.qlora_double_quant and not wanted.qlora:
+        raise UsageError("--qlora-double-quant is for --qlora: add that, or leave it out.")
+
+
+FINETUNE_RULES: tuple[Callable[[RunConfig], None], ...] = (
+    check_kind,
+    check_preferences,
+    check_samples,
+    check_adapters,
+)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tessel.config.nearest import nearest
 from tessel.errors import UsageError
@@ -30,6 +31,8 @@ _LEGACY = {
 }
 _ALL = ("all", "all-linear", "all_linear")
 
+Held = Literal["plain", "nf4", "nf4-double"]
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -40,6 +43,8 @@ class AdapterSpec:
         alpha: the scale is alpha / r, or alpha / sqrt(r) with `rslora` (arXiv 2312.03732).
         groups: the projections, those that share one A together; the first of them owns it.
         dropout: of an adapter's input, in training.
+        weights: how the frozen weights of projections are held: in the compute dtype, or in NF4, with scales in fp32
+            or in 8 bits.
     """
 
     rank: int
@@ -47,6 +52,7 @@ class AdapterSpec:
     groups: tuple[tuple[str, ...], ...]
     dropout: float = 0.0
     rslora: bool = False
+    weights: Held = "plain"
 
     @property
     def scale(self) -> float:

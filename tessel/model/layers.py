@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessel.model.config import ModelConfig
+from tessel.model.quantized import Nf4
 from tessel.model.recompute import ACTIVATION, forgetting
 from tessel.model.recompute import MLP as WHOLE_MLP
 
@@ -24,10 +25,19 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         # What is learned beside the weight; see `model/lora.py`.
         self.lora: nn.Module | None = None
+        # How a frozen weight is held in four bits; `weight` is then rows of bytes, and no number.
+        self.nf4: Nf4 | None = None
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias, without what is learned beside it."""
+        if self.nf4 is None:
+            return F.linear(x, self.weight, bias)
+        y: Tensor = self.nf4(x, self.weight)
+        return y if bias is None else y + bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        y = F.linear(x, self.weight, self.bias)
+        y = self.product(x, self.bias)
         return y if self.lora is None else self.lora(x, y)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessel.layout.adapters import AdapterSpec, is_adapter
+from tessel.layout.adapters import PROJECTIONS, AdapterSpec, is_adapter
+from tessel.layout.tiles import Tile
 from tessel.model.layers import Linear
+from tessel.model.quantized import Nf4, Packing
 
 
 class Adapter(nn.Module):
@@ -40,6 +44,26 @@ def attach_adapters(layers: nn.ModuleDict, spec: AdapterSpec) -> None:
                     first = spec.owner(projection)
                     owner = None if first is None or first == projection else getattr(block, first).lora
                     linear.lora = Adapter(linear, spec, owner)
+
+
+def hold_in_nf4(model: nn.Module, tiles: Mapping[str, Tile], dtype: torch.dtype, double: bool) -> None:
+    """Hold the weights of all projections in four bits, in place and on the meta device; see `model/quantized.py`.
+
+    `tiles`: which part of each weight is held; `dtype`: what is computed in; `double`: with 8-bit scales.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name.rpartition(".")[2] in PROJECTIONS:
+            tile = tiles[f"{name}.weight"]
+            packing = Packing(tile.shape, tile.start, tile.size, dtype, double)
+            packed = torch.empty(packing.packed_shape, dtype=dtype, device=module.weight.device)
+            module.weight = nn.Parameter(packed, requires_grad=False)
+            module.nf4 = Nf4(packing, module.weight.device)
+
+
+def nf4_of(model: nn.Module) -> dict[str, Nf4]:
+    """What holds weights in four bits, by the names of their projections."""
+    found = {name: module.nf4 for name, module in model.named_modules() if isinstance(module, Linear)}
+    return {name: nf4 for name, nf4 in found.items() if nf4 is not None}
 
 
 def freeze_base(model: nn.Module, dtype: torch.dtype) -> None:

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -76,17 +75,17 @@ class Boundary:
         return self.enter(output)
 
 
-class RowLinear(nn.Module):
+class RowLinear(Linear):
     """A linear map whose input features are dealt out: the ranks' products are summed, then the bias is added once."""
 
     def __init__(self, linear: Linear, boundary: Boundary) -> None:
-        super().__init__()
-        self.weight, self.bias, self.lora = linear.weight, linear.bias, linear.lora
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.lora, self.nf4 = linear.weight, linear.bias, linear.lora, linear.nf4
         self.boundary = boundary
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., this rank's in_features] -> [..., out_features]."""
-        y = F.linear(x, self.weight)
+        y = self.product(x)
         if self.lora is not None:
             y = self.lora(x, y)
         y = self.boundary.leave(y)

@@ -12,7 +12,7 @@ from tessel.checkpoint.tiles import held_tile, tiled
 from tessel.config.lora import DEFAULT_RANK, Lora
 from tessel.config.run import RunConfig
 from tessel.errors import TesselError, UsageError
-from tessel.layout.adapters import AdapterSpec, groups_of, is_adapter
+from tessel.layout.adapters import AdapterSpec, Held, groups_of, is_adapter
 from tessel.layout.tiles import Tile
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
@@ -31,9 +31,13 @@ class Adapting:
     def describe(self) -> str:
         """One line for the log."""
         spec = self.spec
+        held = {"plain": "", "nf4": "; weights in NF4", "nf4-double": "; weights in NF4, their scales in 8 bits"}
         shared = "".join(f"; {', '.join(group)} share one A" for group in spec.groups if len(group) > 1)
         start = "" if self.stored is None else f", starting from {self.stored.folder}"
-        return f"adapters of rank {spec.rank}, alpha {spec.alpha:g}, beside {', '.join(spec.targets)}{shared}{start}"
+        return (
+            f"adapters of rank {spec.rank}, alpha {spec.alpha:g}, beside {', '.join(spec.targets)}"
+            f"{shared}{held[spec.weights]}{start}"
+        )
 
 
 def adapting(cfg: RunConfig, source: Source, config: ModelConfig) -> Adapting | None:
@@ -50,6 +54,8 @@ def adapting(cfg: RunConfig, source: Source, config: ModelConfig) -> Adapting | 
     base = source
     if source.kind is Kind.RESUME:
         base = find_source(replace(cfg.checkpoint, no_resume=True, ckpt_step=None), cfg.model)
+    if base.kind is Kind.RANDOM and cfg.lora.qlora:
+        raise UsageError("--qlora needs --load: the model whose weights are held in four bits.")
     if base.kind is Kind.RUN and not _holds_weights(base):
         raise TesselError(
             f"--load {base.folder} is a run that trained adapters: give its model with --load, and the run with "
@@ -67,11 +73,12 @@ def _spec(lora: Lora, stored: StoredAdapter | None) -> AdapterSpec:
     groups = groups_of(names or ("all",))
     rank = DEFAULT_RANK if lora.lora_r is None else lora.lora_r
     alpha = 2.0 * rank if lora.lora_alpha is None else lora.lora_alpha
-    asked = AdapterSpec(rank, alpha, groups, lora.lora_dropout, lora.use_rslora)
+    held: Held = "plain" if not lora.qlora else "nf4-double" if lora.qlora_double_quant else "nf4"
+    asked = AdapterSpec(rank, alpha, groups, lora.lora_dropout, lora.use_rslora, held)
     if stored is None:
         return asked
     check_asked(stored, lora.lora_r, lora.lora_alpha, groups if names else None)
-    return replace(stored.spec, dropout=lora.lora_dropout)
+    return replace(stored.spec, dropout=lora.lora_dropout, weights=held)
 
 
 def _holds_weights(source: Source) -> bool:

@@ -45,6 +45,8 @@ def run_identity(cfg: RunConfig, model_config: ModelConfig, splits: Splits) -> d
     if spec is not None:
         groups = [list(group) for group in spec.groups]
         model["adapters"] = {"rank": spec.rank, "scale": spec.scale, "groups": groups}
+        if spec.weights != "plain":
+            model["adapters"]["weights"] = spec.weights
     data: dict[str, Any] = {f"--{name.replace('_', '-')}": getattr(cfg.data, name) for name in _DATA_FLAGS}
     data |= {
         "--seq-length": cfg.batch.seq_length,

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from tessel.checkpoint import huggingface
 from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.fill import fill_model
+from tessel.checkpoint.run_model import open_run
 from tessel.checkpoint.tiles import held_tile, local_of, tiled
 from tessel.config.layout import Layout
 from tessel.config.layout_rules import sharding_strategy_of
@@ -32,7 +33,7 @@ from tessel.model.balance import Balance, RouterOptions
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.kernels import choose
-from tessel.model.lora import freeze_base
+from tessel.model.lora import freeze_base, hold_in_nf4, nf4_of
 from tessel.model.offload import Offload
 from tessel.model.recompute import Recompute
 from tessel.model.shape import contradictions
@@ -105,6 +106,7 @@ def build_learner(
         lambda parts: _load_all(parts, tiles, model_config, source, cfg, device, adapting),
         cfg.kernels.compile,
         _sharding(cfg, groups, dtype, device, stack),
+        _hold(model_config, tiles, dtype),
     )
     parameters = named_parameters(parts)
     optimizer_groups = parameter_groups(parameters.items(), model_config, cfg.optimizer)
@@ -158,6 +160,16 @@ def build_reference(
     for part in parts:
         part.eval()
     return _runner(cfg, parts, stages, groups)
+
+
+def _hold(
+    model_config: ModelConfig, tiles: Mapping[str, Tile], dtype: torch.dtype
+) -> Callable[[Transformer], None] | None:
+    """What puts the frozen weights of a part in four bits, where that is asked for."""
+    spec = model_config.adapters
+    if spec is None or spec.weights == "plain":
+        return None
+    return lambda part: hold_in_nf4(part, tiles, dtype, spec.weights == "nf4-double")
 
 
 def _builder(
@@ -289,6 +301,9 @@ def _load_weights(
         elif source.kind is Kind.RANDOM:
             held = {name: held_tile(parameter, tiles[name]) for name, parameter in part.named_parameters()}
             initialize_(part, model_config, cfg.model.init_method_std, cfg.precision.seed, held, only=names)
+        elif nf4_of(part):
+            assert source.folder is not None
+            fill_model(part, open_run(source.folder, source.iteration).tensors, device, tiles)
         else:
             assert source.folder is not None and source.iteration is not None
             weights = {f"model.{name}": p.detach() for name, p in part.named_parameters() if name in names}
