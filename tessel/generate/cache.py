@@ -82,6 +82,7 @@ class _Run:
     num_new: int
     tokens: slice
     masks: dict[int | None, tuple[Tensor | None, int]] = field(default_factory=dict)
+    places: tuple[Tensor, Tensor] | None = None
 
     @property
     def rows(self) -> slice:
@@ -92,13 +93,29 @@ class _Run:
         """Whether all texts are as long."""
         return min(self.starts) == max(self.starts)
 
-    def mask(self, window: int | None, device: torch.device) -> tuple[Tensor | None, int]:
-        """Who sees whom, [T or 1, 1, S, K - first], None: by causality alone; and the first key that anyone sees."""
+    def put(self, buffer: Tensor, new_TGSD: Tensor) -> None:
+        """Write new keys or values where they belong."""
+        if self.is_even:
+            buffer[self.rows, :, self.starts[0] : self.starts[0] + self.num_new] = new_TGSD
+            return
+        if self.places is None:  # the same for all layers
+            rows = torch.arange(self.rows.start, self.rows.stop, device=buffer.device)
+            self.places = rows, torch.tensor(self.starts, device=buffer.device)
+        rows, starts = self.places
+        buffer[rows, :, starts] = new_TGSD[:, :, 0]  # one new token each
+
+    def mask(self, window: int | None, like: Tensor) -> tuple[Tensor | None, int]:
+        """0 where a text's token sees a key and -inf where not, [T or 1, 1, S, K - first], None: by causality alone.
+
+        Also the first key that anyone sees. The mask has the dtype and the device of `like`.
+        """
         if window not in self.masks:
-            self.masks[window] = self._mask(window, device)
+            visible, first = self._visible(window, like.device)
+            hidden = None if visible is None else like.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+            self.masks[window] = hidden, first
         return self.masks[window]
 
-    def _mask(self, window: int | None, device: torch.device) -> tuple[Tensor | None, int]:
+    def _visible(self, window: int | None, device: torch.device) -> tuple[Tensor | None, int]:
         num_keys = max(self.starts) + self.num_new
         first = 0 if window is None else max(min(self.starts) + 1 - window, 0)
         starts = self.starts[:1] if self.is_even else self.starts
@@ -140,7 +157,7 @@ class KeyValueCache:
     def close(self, slot: int) -> None:
         """Forget a slot; its room is used again."""
         text = self._texts.pop(slot)
-        text.bucket.free.append(text.row)
+        self._release(text.bucket, text.row)
 
     def fork(self, slot: int, num_tokens: int, room_tokens: int = 0) -> int:
         """A new slot with the first `num_tokens` of another: a copy, so that each goes on by itself."""
@@ -191,13 +208,22 @@ class KeyValueCache:
     @torch.inference_mode()
     def _copy(self, source: _Text, target: _Text, num_tokens: int) -> None:
         if target.bucket.length < num_tokens:
-            target.bucket.free.append(target.row)
+            outgrown, row = target.bucket, target.row
             target.bucket = self._bucket_for(num_tokens)
             target.row = target.bucket.take()
+            self._release(outgrown, row)
         for layer, buffers in source.bucket.buffers.items():
             for to, held in zip(target.bucket.of_layer(layer, buffers[0][0, :, 0]), buffers, strict=True):
                 to[target.row, :, :num_tokens] = held[source.row, :, :num_tokens]
         target.num_tokens = num_tokens
+
+    def _release(self, bucket: _Bucket, row: int) -> None:
+        """Free a row. The text in the last one moves there: texts without gaps between them attend in one call."""
+        last = max((text for text in self._texts.values() if text.bucket is bucket), key=_row_of, default=None)
+        if last is not None and last.row > row:
+            self._copy(last, _Text(bucket, row), last.num_tokens)
+            row, last.row = last.row, row
+        bucket.free.append(row)
 
     # ------------------------------------------------------------------------------------- passes
 
@@ -205,10 +231,11 @@ class KeyValueCache:
         """Say what the next pass brings: (slot, number of new tokens), in the order of the row [1, N]."""
         self._staged = list(segments)
         self._runs = []
+        for slot, num_new in self._staged:  # first of all, since it may move other texts
+            self._make_room(self._texts[slot], num_new)
         offset = 0
         for slot, num_new in self._staged:
             text = self._texts[slot]
-            self._make_room(text, text.num_tokens + num_new)
             tokens = slice(offset, offset + num_new)
             last = self._runs[-1] if self._runs else None
             if last is not None and self._continues(last, text, num_new):
@@ -228,13 +255,13 @@ class KeyValueCache:
         together = num_new == 1 or (run.starts[0] == 0 == text.num_tokens)
         return together and run.bucket is text.bucket and run.num_new == num_new and run.rows.stop == text.row
 
-    def _make_room(self, text: _Text, num_tokens: int) -> None:
-        if num_tokens > text.bucket.length:
+    def _make_room(self, text: _Text, num_new: int) -> None:
+        if text.num_tokens + num_new > text.bucket.length:
             held = _Text(text.bucket, text.row, text.num_tokens)
-            text.bucket = self._bucket_for(num_tokens)
+            text.bucket = self._bucket_for(text.num_tokens + num_new)
             text.row = text.bucket.take()
             self._copy(held, text, held.num_tokens)
-            held.bucket.free.append(held.row)
+            self._release(held.bucket, held.row)
 
     def positions(self, device: torch.device | str) -> Tensor:
         """Positions of the staged tokens, i64 [1, N]."""
@@ -264,18 +291,17 @@ class KeyValueCache:
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
 
+def _row_of(text: _Text) -> int:
+    return text.row
+
+
 def _attend(run: _Run, layer: int, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, window: int | None) -> Tensor:
     num_texts, num_new = len(run.starts), run.num_new
     buffers = run.bucket.of_layer(layer, k_NGD[0])
     num_keys = max(run.starts) + num_new
     for buffer, new_NGD in zip(buffers, (k_NGD, v_NGD), strict=True):
-        new_TGSD = new_NGD.unflatten(0, (num_texts, num_new)).transpose(1, 2)
-        if run.is_even:
-            buffer[run.rows, :, run.starts[0] : num_keys] = new_TGSD
-        else:  # one new token each
-            rows = torch.arange(run.rows.start, run.rows.stop, device=buffer.device)
-            buffer[rows, :, torch.tensor(run.starts, device=buffer.device)] = new_TGSD[:, :, 0]
-    mask, first = run.mask(window, q_NHD.device)
+        run.put(buffer, new_NGD.unflatten(0, (num_texts, num_new)).transpose(1, 2))
+    mask, first = run.mask(window, q_NHD)
     k_TGKD, v_TGKD = (buffer[run.rows, :, first:num_keys] for buffer in buffers)
     if num_new == 1:
         # The query heads of a group look at the same keys: to the kernel they are R queries of one head.

@@ -25,7 +25,7 @@ from tessel.config.verbs import Loading
 from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.generate.batcher import Model
-from tessel.generate.engine import ModelSource, find_model, load_model, stop_ids
+from tessel.generate.engine import ModelSource, find_model, load_model, stop_ids, suit_few_rows
 from tessel.generate.parts import PartModel
 from tessel.layout.adapters import groups_of, is_adapter
 from tessel.layout.asked import stages_asked
@@ -226,6 +226,7 @@ def _load(found: _Found, loading: Loading, device: torch.device, dtype: torch.dt
     apply_tensor_parallel(part, config, groups, layout.sequence_parallel)
     if config.num_experts:
         apply_expert_parallel(part, config, groups)
+    suit_few_rows(part, device)
     _fill(part, found, groups, device)
     return _wrapped(part.eval().requires_grad_(False), stage, groups, layout)
 
