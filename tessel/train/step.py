@@ -23,12 +23,14 @@ from tessel.train.scaler import DynamicScaler, GradScaler
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `loss` is the sum over the global batch of nll over its loss-bearing tokens.
+    """What one step did. `loss` is the one that is logged.
 
-    `router`: the figures of a mixture of experts (`Balance.figures`).
+    `num_tokens`: positions of all samples, padding included, of the step. `router`: the figures of a mixture of
+    experts (`Balance.figures`), or of pairs of answers.
     """
 
     loss: float
+    num_tokens: int
     grad_norm: float | None
     num_zeros: float | None
     skipped: bool
@@ -107,25 +109,26 @@ class TrainStep:
 
         A step whose result is not finite is not applied either: the caller decides what follows.
         """
-        loss_value, divisor = self._forward_backward(batches)
+        loss_value, divisor, positions = self._forward_backward(batches)
         router = {**self._balanced(len(batches), loss_value.device), **self._figures}
-        loss = float(loss_value)
+        loss, num_tokens = float(loss_value), int(positions)
         self._gradients.finalize()
         finite = math.isfinite(loss)
         may_skip = self._skip_not_finite or (finite and isinstance(self.scaler, DynamicScaler))
         if self.scaler is not None and (finite or may_skip) and not self._unscale(float(divisor)):
             self._optimizer.zero_grad(set_to_none=True)
-            return StepResult(loss, None if may_skip else math.inf, None, skipped=may_skip, router=router)
+            norm = None if may_skip else math.inf
+            return StepResult(loss, num_tokens, norm, None, skipped=may_skip, router=router)
         norm = self._gradients.norm()
         if not finite or not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
-            return StepResult(loss, norm, None, skipped=self._skip_not_finite, router=router)
+            return StepResult(loss, num_tokens, norm, None, skipped=self._skip_not_finite, router=router)
         if self._clip_grad > 0:
             self._gradients.clip_(self._clip_grad, norm)
         zeros = self._gradients.num_zeros() if self._count_zeros else None
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, zeros, skipped=False, router=router)
+        return StepResult(loss, num_tokens, norm, zeros, skipped=False, router=router)
 
     def _balanced(self, num_micro_batches: int, device: torch.device) -> Mapping[str, float]:
         """The routers' figures of the step, over all processes; their biases follow the load."""
@@ -135,17 +138,18 @@ class TrainStep:
         self._balance.update_bias(sums_LR)
         return self._balance.figures(sums_LR, num_micro_batches * self._peers.num_replicas)
 
-    def _forward_backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """Accumulate gradients; returns the logged loss, and what the gradients are still to be divided by.
+    def _forward_backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor, Tensor]:
+        """Accumulate gradients; returns the logged loss, what they are still to be divided by, and the positions.
 
-        Both are scalars on the device. The second is not 1 only for the loss per token under a loss scale: Megatron
+        All are scalars on the device. The second is not 1 only for the loss per token under a loss scale: Megatron
         divides by the number of tokens after the last backward, and what overflows depends on it.
         """
         if self._preferences is not None:
             return self._on_pairs(batches, self._preferences)
         masks = [batch.loss_mask_BS for batch in batches]
         own_tokens = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
-        num_tokens = self._peers.sum_tokens(own_tokens).clamp(min=1)
+        num_tokens, positions = self._peers.sum_tokens(torch.stack((own_tokens, _positions(masks)))).unbind()
+        num_tokens = num_tokens.clamp(min=1)
         divide_later = self._per_token_loss and self.scaler is not None
         weights = masks if divide_later else loss_weights(masks, self._per_token_loss, self._peers)
         scale = self.scaler.scale if self.scaler is not None else 1.0
@@ -168,9 +172,9 @@ class TrainStep:
             factors = torch.stack([_factor(*pair) for pair in zip(weights, masks, strict=True)])
             nll_sum = torch.where(factors > 0, nll / factors, nll).sum()
             loss = self._peers.sum_losses(nll_sum) / num_tokens
-        return loss, num_tokens if divide_later else torch.ones_like(num_tokens)
+        return loss, num_tokens if divide_later else torch.ones_like(num_tokens), positions
 
-    def _on_pairs(self, batches: Sequence[MicroBatch], preferences: Preferences) -> tuple[Tensor, Tensor]:
+    def _on_pairs(self, batches: Sequence[MicroBatch], preferences: Preferences) -> tuple[Tensor, Tensor, Tensor]:
         scale = self.scaler.scale if self.scaler is not None else 1.0
         weighed = preferences.weigh(batches)
         if self._balance is not None:
@@ -178,7 +182,8 @@ class TrainStep:
         self._runner.train(batches, [weights_BS * scale for weights_BS in weighed.weights], self._z_loss_coeff)
         self._figures = weighed.figures
         loss = torch.tensor(weighed.loss, dtype=torch.float64, device=self._peers.device)
-        return loss, torch.ones_like(loss)
+        positions = self._peers.sum_tokens(_positions([batch.loss_mask_BS for batch in batches]))
+        return loss, torch.ones_like(loss), positions
 
     @torch.no_grad()
     def _unscale(self, divisor: float) -> bool:
@@ -189,6 +194,11 @@ class TrainStep:
             torch._foreach_mul_(self._gradients.local(), self.scaler.inverse_scale / divisor)
         self.scaler.update(found_inf=overflow)
         return not overflow
+
+
+def _positions(masks_BS: Sequence[Tensor]) -> Tensor:
+    """Positions in the micro-batches of this replica, fp64."""
+    return masks_BS[0].new_tensor(sum(mask.numel() for mask in masks_BS), dtype=torch.float64)
 
 
 def _factor(weights_BS: Tensor, mask_BS: Tensor) -> Tensor:

@@ -153,12 +153,11 @@ class Trainer:
         norm = None
         if parts.cfg.logging.log_params_norm:
             norm = parts.learner.gradients.params_norm()
-        assert parts.cfg.batch.seq_length is not None
         step = StepMetrics(
             iteration=position.iteration,
             consumed_samples=position.consumed_samples,
             global_batch_size=size,
-            num_tokens=size * parts.cfg.batch.seq_length,
+            num_tokens=result.num_tokens,
             elapsed_s=elapsed_s,
             losses={LM_LOSS: result.loss},
             router=result.router,

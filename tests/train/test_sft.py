@@ -50,3 +50,9 @@ def test_epochs_and_iterations_contradict_each_other(run: Callable[..., int], ca
     assert "--num-train-epochs and --train-iters" in capsys.readouterr().err
     assert run("--epochs", "0") == 2
     assert "must be above 0" in capsys.readouterr().err
+
+
+def test_throughput_counts_the_positions_that_there_were(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("--train-iters", "4", "--global-batch-size", "2", "--micro-batch-size", "1", "--no-shuffle") == 0
+    lengths = [line["tokens"] for line in steps(tmp_path / "run")]
+    assert lengths == [16 + 24, 40 + 16, 16 + 8, 32 + 32]
