@@ -91,7 +91,7 @@ def _scan(argv: Sequence[str], known: Mapping[str, Option | None], foreign: Fore
     while position < len(argv):
         argument = argv[position]
         position += 1
-        if not _looks_like_flag(argument):
+        if not looks_like_flag(argument):
             scan.arguments.append(argument)
             continue
         written, equals, value = argument.partition("=")
@@ -119,10 +119,10 @@ def _refused_family(flag: str, known: Iterable[str], foreign: ForeignFlags) -> s
 
 def _values_after(argv: Sequence[str], position: int, num_values: int) -> list[str]:
     following = argv[position : position + num_values]
-    return list(itertools.takewhile(lambda argument: not _looks_like_flag(argument), following))
+    return list(itertools.takewhile(lambda argument: not looks_like_flag(argument), following))
 
 
-def _looks_like_flag(argument: str) -> bool:
+def looks_like_flag(argument: str) -> bool:
     """Whether an argument is a flag, not a value: `-1`, `-` and text with a space are values."""
     if argument in ("-h", "--help"):
         return argument == "--help"

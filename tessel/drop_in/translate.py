@@ -1,0 +1,111 @@
+"""The command line of another suite's program -> commands of tessel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from tessel.config.nearest import nearest
+from tessel.drop_in import conversion, training, use
+from tessel.drop_in.arguments import Arguments
+from tessel.drop_in.commands import Command, Translation
+from tessel.drop_in.flags import Kind, judge
+from tessel.drop_in.rewrites import REWRITES
+from tessel.errors import UsageError
+
+SUITES = ("mindspeed", "modellink", "pai")
+_Program = Callable[[str, Arguments], Translation]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Flags without a place in a command, and why."""
+
+    kind: Kind
+    flags: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {' '.join(self.flags)} ({self.text})" if self.text else f"{self.kind}: {self.flags[0]}"
+
+
+def _preprocessing(suite: str, arguments: Arguments) -> Translation:
+    del suite
+    remarks = []
+    if not arguments.has("--append-eod") and not arguments.has("--handler-name"):
+        remarks.append(
+            "documents get no end, as in the suite: they run into one another. --append-eod sets one after each"
+        )
+    return Translation((Command("preprocess", arguments),), tuple(remarks))
+
+
+def _compatible(tool: str) -> _Program:
+    """A tool of Pai-Megatron-Patch whose bytes `tessel preprocess` can write."""
+
+    def program(suite: str, arguments: Arguments) -> Translation:
+        del suite
+        return Translation((Command("preprocess", arguments.plus("--compatible", tool)),))
+
+    return program
+
+
+PROGRAMS: dict[str, _Program] = {
+    "pretrain_gpt.py": training.training,
+    "posttrain_gpt.py": training.training,
+    "pretrain_qwen.py": training.training,
+    "pretrain_qwen2_moe.py": training.training,
+    "convert_ckpt.py": conversion.first_converter,
+    "convert_ckpt_v2.py": conversion.second_converter,
+    "convert_param.py": conversion.second_converter,
+    "convert.py": conversion.distributed_converter,
+    "preprocess_data.py": _preprocessing,
+    "preprocess_data_megatron.py": _compatible("pai"),
+    "build_idxmap_sft_dataset.py": _compatible("pai-sft"),
+    "inference.py": use.generation,
+    "evaluation.py": use.evaluation,
+}
+"""Name of a program -> what tessel does in its place."""
+
+
+def translate(suite: str, program: str, argv: list[str]) -> Translation:
+    """What tessel does in place of `program ARGV` of a suite.
+
+    Flags that do nothing are left for the verb to speak of, and so are those that it refuses.
+
+    Raises:
+        UsageError: no such suite or program, or a command line that cannot be meant.
+    """
+    if suite not in SUITES:
+        raise UsageError(f"unknown suite {suite}: it must be one of {', '.join(SUITES)}.")
+    name = PurePath(program).name
+    if name not in PROGRAMS:
+        near = nearest(name, PROGRAMS) or list(PROGRAMS)
+        raise UsageError(f"tessel has nothing in place of {program}: it knows {', '.join(near)}.")
+    translated = PROGRAMS[name](suite, Arguments.read(argv))
+    return Translation(tuple(_rewritten(command) for command in translated.commands), translated.remarks)
+
+
+def tidy(command: Command) -> tuple[Command, list[Remark]]:
+    """`command` with the flags alone that its verb acts on, and what became of the others."""
+    kept, others = [], dict[tuple[Kind, str], list[str]]()
+    for given in command.arguments.given:
+        row = judge(command.verb, given.flag, given.values) if given.flag else None
+        if row is None or row.kind in (Kind.SUPPORTED, Kind.ALIAS):
+            kept.append(given)
+        else:
+            others.setdefault((row.kind, row.text), []).append(given.flag)
+    remarks = [Remark(kind, tuple(dict.fromkeys(flags)), text) for (kind, text), flags in others.items()]
+    return Command(command.verb, Arguments(tuple(kept))), remarks
+
+
+def _rewritten(command: Command) -> Command:
+    """`command` with tessel's flags in place of those that mean one."""
+    table = REWRITES.get(command.verb, {})
+    words: list[str] = []
+    for given in command.arguments.given:
+        if given.flag in table:
+            words += table[given.flag].result(given.values)
+        elif command.verb != "convert" or judge("convert", given.flag).kind is not Kind.MEANINGLESS:
+            words += given.words
+    return Command(command.verb, Arguments.read(words))

@@ -1,0 +1,69 @@
+"""inference.py and evaluation.py in terms of `tessel generate`, `tessel chat` and `tessel evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tessel.drop_in.arguments import Arguments
+from tessel.drop_in.commands import Command, Translation
+
+_DEMOS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling")
+_PROMPT = "how are you?"
+_GENERATION_DEFAULTS = {"--top-p": "0.95", "--top-k": "50", "--temperature": "0.7"}
+_PRECISIONS = ("--bf16", "--fp16", "--fp32")
+_DTYPES = {"bfloat16": "--bf16", "float16": "--fp16"}
+_OF_DIALOGUES = ("--history-turns",)
+
+
+def generation(suite: str, arguments: Arguments) -> Translation:
+    """inference.py: the tasks that are asked for, or its demonstrations on its own prompt."""
+    del suite
+    tasks = arguments.values("--task") or (*_DEMOS, "chat")
+    rest = _with_precision(arguments.without("--task", "--max-length"))
+    for flag, value in _GENERATION_DEFAULTS.items():
+        if not rest.has(flag):
+            rest = rest.plus(flag, value)
+    commands = []
+    for task in tasks:
+        if task == "chat":
+            commands.append(Command("chat", rest))
+            continue
+        own = rest.without(*_OF_DIALOGUES)
+        prompt = () if own.has("--prompt") or own.has("--prompt-file") else ("--prompt", _PROMPT)
+        commands.append(Command("generate", own.plus("--task", task, *prompt)))
+    return Translation(tuple(commands), ("sampling is the suite's where not given: top-p 0.95, top-k 50, 0.7",))
+
+
+def evaluation(suite: str, arguments: Arguments) -> Translation:
+    """evaluation.py: each task by what the model writes, as the suite judges it; --rule choice is tessel's own."""
+    del suite
+    arguments = _with_precision(arguments)
+    tasks = arguments.values("--task")
+    folders = arguments.values("--task-data-path")
+    rest = arguments.without("--task", "--task-data-path")
+    if not rest.has("--rule"):
+        rest = rest.plus("--rule", "generate")
+    commands = []
+    for index, task in enumerate(tasks or ("",)):
+        words = ["--task", task] if task else []
+        if folders:
+            words += ["--data-path", folders[min(index, len(folders) - 1)]]
+        commands.append(Command("evaluate", rest.plus(*words)))
+    return Translation(tuple(commands), ("answers are judged by what the model writes; --rule choice by likelihood",))
+
+
+def _with_precision(arguments: Arguments) -> Arguments:
+    """The precision that the model is stored in, where none is given."""
+    if any(arguments.has(flag) for flag in _PRECISIONS):
+        return arguments
+    dtype = _stored_dtype(arguments.value("--load"))
+    return arguments.plus(_DTYPES[dtype]) if dtype in _DTYPES else arguments
+
+
+def _stored_dtype(folder: str | None) -> str | None:
+    try:
+        config = json.loads((Path(folder or "") / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # another format, or a folder that will be refused in words later
+    return config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None

@@ -1,0 +1,155 @@
+"""Command lines of the suites' programs, in terms of tessel's verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tessel.config.convert import CONVERSION, ConvertConfig
+from tessel.config.megatron import MEGATRON
+from tessel.config.parser import parse
+from tessel.config.run import RunConfig
+from tessel.drop_in.arguments import Arguments, Given
+from tessel.drop_in.flags import Kind
+from tessel.drop_in.translate import tidy, translate
+from tessel.errors import UsageError
+
+
+def one(suite: str, program: str, line: str) -> tuple[str, Arguments, str]:
+    """The only command of a translation: verb, arguments, and all remarks."""
+    done = translate(suite, program, line.split())
+    (command,) = done.commands
+    return command.verb, command.arguments, " ".join(done.remarks)
+
+
+def test_arguments_come_apart_and_together() -> None:
+    read = Arguments.read(["first", "--a_b=1", "-1", "--c", "--d", "x", "y"])
+    assert read.given == (Given("", ("first",)), Given("--a-b", ("1", "-1")), Given("--c"), Given("--d", ("x", "y")))
+    assert read.argv == ("first", "--a-b", "1", "-1", "--c", "--d", "x", "y")
+    assert (read.value("--a-b"), read.values("--d"), read.value("--c"), read.value("--e")) == (
+        "1",
+        ("x", "y"),
+        None,
+        None,
+    )
+    assert read.without("--d").plus("--e", "2").argv == ("first", "--a-b", "1", "-1", "--c", "--e", "2")
+
+
+def test_mindspeeds_converter() -> None:
+    line = (
+        "--use-mcore-models --model-type GPT --load-model-type hf --save-model-type mg --target-tensor-parallel-size 1 "
+        "--target-pipeline-parallel-size 4 --add-qkv-bias --load-dir a --save-dir b --tokenizer-model a/tokenizer.json "
+        "--model-type-hf llama2 --params-dtype bf16"
+    )
+    verb, arguments, remarks = one("mindspeed", "convert_ckpt.py", line)
+    cfg = parse(ConvertConfig, arguments.argv, "x", CONVERSION).value
+    assert (verb, cfg.load, cfg.save, cfg.to, cfg.params_dtype) == ("convert", "a", "b", "torch", "bf16")
+    assert (cfg.degrees.pipeline_model_parallel_size, cfg.degrees.flavour) == (4, "v1")
+    assert not remarks
+    assert "fp16" in one("mindspeed", "convert_ckpt.py", line.replace("--params-dtype bf16", ""))[2]
+
+
+def test_converters_back(tiny_hf_folder: Callable[..., Path]) -> None:
+    original = tiny_hf_folder("llama")
+    back = f"--load-dir mg --save-dir {original}"
+    _, arguments, said = one("mindspeed", "convert_ckpt.py", f"--use-mcore-models --save-model-type hf {back}")
+    assert arguments.value("--save") == f"{original}/mg2hf"
+    assert (arguments.value("--to"), arguments.value("--hf-dir")) == ("hf", str(original))
+    assert f"{original}/mg2hf" in said
+    line = f"--loader megatron --saver megatron --save-model-type save_huggingface_llama {back}"
+    assert one("modellink", "tools/checkpoint/convert_ckpt.py", line)[1].value("--save") == f"{original}/mg2hg"
+    _, arguments, _ = one("mindspeed", "convert_ckpt_v2.py", "--save-model-type hf --load-dir mg --save-dir new")
+    assert (arguments.value("--save-dir"), arguments.value("--to")) == ("new", "hf")
+
+
+def test_other_converters() -> None:
+    legacy = "--model-type GPT --loader llama2_hf --saver megatron --load-dir a --save-dir b --num-layer-list 8,8"
+    assert one("modellink", "convert_ckpt.py", legacy)[1].value("--to") == "legacy"
+    line = "--cvt-type hf2mg --hf-dir a --mg-dir b --model-name llama --num-layers 32"
+    _, arguments, _ = one("mindspeed", "convert_param.py", line)
+    cfg = parse(ConvertConfig, arguments.argv, "x", CONVERSION).value
+    assert (cfg.load, cfg.save, cfg.to) == ("a", "b", "torch")
+    _, arguments, _ = one("pai", "impl/convert.py", "--load-dir a --save-dir b --use-gpu --num-layers 24 --bf16")
+    cfg = parse(ConvertConfig, arguments.argv, "x", CONVERSION).value
+    assert (cfg.to, cfg.degrees.flavour) == ("torch_dist", "mcore")
+    with pytest.raises(UsageError, match=r"chatglm3 is not a family that tessel knows.*docs/MIGRATION.md"):
+        one("mindspeed", "convert_ckpt.py", "--model-type-hf chatglm3 --load-dir a --save-dir b")
+
+
+def test_training_starts_at_random_where_load_is_empty(tiny_hf_folder: Callable[..., Path]) -> None:
+    folder = tiny_hf_folder("qwen3")
+    line = f"--tokenizer-name-or-path {folder} --load --save out --npu-deterministic --attention-dropout 0"
+    verb, arguments, said = one("mindspeed", "pretrain_gpt.py", line)
+    cfg = parse(RunConfig, arguments.argv, "x", MEGATRON).value
+    assert verb == "pretrain"
+    assert cfg.model.init_from_config == str(folder)
+    assert cfg.precision.deterministic_mode
+    assert cfg.checkpoint.ckpt_format == ("torch",)
+    assert f"the start is random, of the shape in {folder}/config.json" in said
+    assert "the suite's is 0.1" in said
+
+
+def test_training_takes_the_models_word_for_what_scripts_have_wrong(tiny_hf_folder: Callable[..., Path]) -> None:
+    folder = tiny_hf_folder("qwen2")
+    line = f"--load {folder} --norm-epsilon 1e-5 --rotary-base 1000000 --attention-dropout 0 --hidden-dropout 0"
+    _, arguments, said = one("pai", "pretrain_qwen2_moe.py", line)
+    assert not arguments.has("--norm-epsilon")
+    assert arguments.has("--rotary-base")
+    assert said == "--norm-epsilon 1e-05 (the model: 1e-06): the model counts"
+
+
+def test_a_dataset_may_be_named_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a_text_document.idx").touch()
+    line = f"--data-path 1 {tmp_path}/a_text_document.bin 2 b.bin"
+    _, arguments, said = one("mindspeed", "pretrain_gpt.py", line)
+    assert arguments.values("--data-path") == ("1", f"{tmp_path}/a_text_document", "2", "b.bin")
+    assert "--data-path names a file: its prefix is taken" in said
+
+
+def test_generation_has_the_suites_demonstrations(tiny_hf_folder: Callable[..., Path]) -> None:
+    done = translate("mindspeed", "inference.py", ["--load", "m", "--history-turns", "3"])
+    assert [command.verb for command in done.commands] == ["generate"] * 4 + ["chat"]
+    first, chat = done.commands[0].arguments, done.commands[-1].arguments
+    assert (first.values("--task"), first.value("--prompt")) == (("greedy",), "how are you?")
+    assert (first.value("--top-k"), chat.value("--history-turns"), first.has("--history-turns")) == ("50", "3", False)
+    assert translate("mindspeed", "inference.py", ["--task", "chat"]).commands[0].verb == "chat"
+
+
+def test_evaluation_is_by_what_the_model_writes() -> None:
+    line = "--task mmlu --task-data-path ./mmlu/test --evaluation-batch-size 4 --load m --broadcast --temperature 0.5"
+    verb, arguments, said = one("mindspeed", "evaluation.py", line)
+    assert verb == "evaluate"
+    assert (arguments.value("--task"), arguments.value("--data-path")) == ("mmlu", "./mmlu/test")
+    assert arguments.value("--rule") == "generate"
+    assert not arguments.has("--broadcast") and not arguments.has("--temperature")
+    assert "--rule choice" in said
+    assert len(translate("mindspeed", "evaluation.py", "--task mmlu ceval --task-data-path a b".split()).commands) == 2
+
+
+def test_preprocessing_says_that_documents_have_no_end() -> None:
+    assert "--append-eod" in one("mindspeed", "preprocess_data.py", "--input a --output-prefix b")[2]
+    assert not one("mindspeed", "preprocess_data.py", "--input a --output-prefix b --append-eod")[2]
+    assert one("pai", "build_idxmap_sft_dataset.py", "--input a")[1].value("--compatible") == "pai-sft"
+
+
+def test_tidy_keeps_what_acts() -> None:
+    line = "--lr 1 --use-mcore-models --spec a b --fp8-format hybrid --no-such-flag 3 --layernorm-epsilon 1e-6"
+    (command,) = translate("mindspeed", "pretrain_gpt.py", line.split()).commands
+    kept, remarks = tidy(command)
+    assert kept.arguments.argv == ("--lr", "1", "--layernorm-epsilon", "1e-6")
+    assert {remark.kind for remark in remarks} == {Kind.MEANINGLESS, Kind.REFUSED, Kind.UNKNOWN}
+    assert "meaningless: --use-mcore-models --spec (there is one model implementation)" in map(str, remarks)
+
+
+@pytest.mark.parametrize(
+    ("suite", "program", "message"),
+    [
+        ("deepspeed", "pretrain_gpt.py", "it must be one of mindspeed, modellink, pai"),
+        ("mindspeed", "ray_gpt.py", "tessel has nothing in place of ray_gpt.py"),
+    ],
+)
+def test_what_is_not_known_is_refused(suite: str, program: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        translate(suite, program, [])
