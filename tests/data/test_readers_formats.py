@@ -295,7 +295,11 @@ GOOD = '{"text": "fine"}'
         ("a.csv", "text,b,text\nx,y,z\n", "line 1: the header names the column 'text' twice"),
         ("a.csv", b"text,b\nx,y\ncaf\xe9,z\n", "line 3: not UTF-8"),
         ("a.csv", "\n\n", "line 1: there is no header"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 9, mtime=0)[:-9], "cannot be decompressed .*is cut off or damaged"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "fine"}\n' * 9, mtime=0)[:-9],
+            "cannot be decompressed .*is cut off or damaged",
+        ),
         ("a.jsonl.gz", GOOD, "line 1: cannot be decompressed"),
         ("a.jsonl.zst", GOOD, "line 1: cannot be decompressed"),
         ("a.json.gz", gzip.compress(f"[{GOOD}".encode(), mtime=0)[:-3], "row 1: cannot be decompressed"),
@@ -340,7 +344,7 @@ def test_bad_rows_can_be_passed_over(tmp_path: Path) -> None:
 
     bad = []
     lines = "".join(f'{{"text": "{i}"}}\n' for i in range(20_000)).encode()
-    path = write(tmp_path / "a.jsonl.gz", gzip.compress(lines, mtime=0)[:-9])
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(lines)[:-9])
     rows = rows_of(path, bad=bad, block_bytes=1 << 10)
     assert len(rows) > 10_000 and bad[0].number == len(rows) + 1 and "the file from here on is lost" in bad[0].reason
 
