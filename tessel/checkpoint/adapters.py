@@ -1,7 +1,8 @@
 """Low-rank adapters on disk: PEFT's folder, a run's, MindSpeed-LLM's checkpoint; and the merge into a model.
 
     PEFT          adapter_config.json, adapter_model.safetensors: base_model.model.NAME.lora_A.weight [r, in],
-                  .lora_B.weight [out, r] (peft 0.21, `peft/utils/save_and_load.py`)
+                  .lora_B.weight [out, r], with DoRA .lora_magnitude_vector [out] (peft 0.21,
+                  `peft/utils/save_and_load.py`)
     MindSpeed     mp_rank_TT[_PPP]/model_optim_rng.pt with ...linear_qkv.lora_A.default.weight among its keys, and the
                   rank and alpha in its args; one A for all projections that Megatron fuses
 
@@ -40,7 +41,6 @@ _FUSED = re.compile(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.(linear_\w+)
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
 # Of PEFT's settings, those that change what an adapter computes, with the values that mean nothing.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
@@ -161,10 +161,10 @@ def _open_peft(folder: Path) -> StoredAdapter:
         raise TesselError(f"{folder} has no {WEIGHTS_FILE}. Take the whole adapter again.")
     tensors = {}
     for name, tensor in stored.items():
-        own = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
+        own = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", name)
         if own is None:
             raise TesselError(f"{folder / WEIGHTS_FILE}: {name[:200]} is no part of a LoRA adapter.")
-        tensors[f"{own[1]}.lora.{own[2]}"] = tensor.read().float()
+        tensors[f"{own[1]}.lora.{own[2].removesuffix('_vector')}"] = tensor.read().float()
     projections = {name.split(".lora.")[0].rpartition(".")[2] for name in tensors}
     unknown = sorted(projections - set(PROJECTIONS))
     if unknown or not projections:
@@ -178,6 +178,7 @@ def _open_peft(folder: Path) -> StoredAdapter:
         groups_of(sorted(projections)),
         float(settings.get("lora_dropout") or 0.0),
         bool(settings.get("use_rslora")),
+        dora=bool(settings.get("use_dora")),
     )
     base = settings.get("base_model_name_or_path")
     return StoredAdapter(folder, spec, tensors, str(base) if base else None)
@@ -200,6 +201,11 @@ def _positive(settings: Mapping[str, Any], key: str, folder: Path) -> int:
     return value
 
 
+def _peft_name(name: str) -> str:
+    module, _, leaf = name.rpartition(".lora.")
+    return f"{module}.lora_magnitude_vector" if leaf == "magnitude" else f"{module}.lora_{leaf}.weight"
+
+
 def write_peft(
     folder: Path,
     tensors: Iterator[tuple[str, Tensor]],
@@ -215,7 +221,7 @@ def write_peft(
     for name in [name for name in held if name.endswith(".lora.B")]:
         module, _, projection = name.removesuffix(".lora.B").rpartition(".")
         held.setdefault(f"{module}.{projection}.lora.A", held[f"{module}.{spec.owner(projection)}.lora.A"])
-    renamed = [(_PREFIX + re.sub(r"\.lora\.(A|B)$", r".lora_\1.weight", name), held[name]) for name in sorted(held)]
+    renamed = [(_PREFIX + _peft_name(name), held[name]) for name in sorted(held)]
     settings = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -228,6 +234,7 @@ def write_peft(
         "r": spec.rank,
         "target_modules": list(spec.targets),
         "task_type": "CAUSAL_LM",
+        "use_dora": spec.dora,
         "use_rslora": spec.rslora,
     }
     if folder.exists() and not (folder / CONFIG_FILE).is_file() and any(folder.iterdir()):
@@ -342,17 +349,26 @@ def _rows(name: str, b: Tensor, config: ModelConfig) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Merged(Derived):
-    """A weight with its adapter: W + scale B A, computed in fp32 and rounded to W's own dtype."""
+    """A weight with its adapter: W + scale B A, computed in fp32 and rounded to W's own dtype.
+
+    With `magnitude`, each row of that has this length (DoRA).
+    """
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     def read(self, index: Index | None = None) -> Tensor:
         """The box `index`, or all of it."""
         (top, bottom), (left, right) = bounds(index, self.shape)
-        product = self.b[top:bottom] @ self.a[:, left:right]
-        return (self.source.read(index).float() + self.scale * product).to(self.dtype)
+        if self.magnitude is None:
+            product = self.b[top:bottom] @ self.a[:, left:right]
+            return (self.source.read(index).float() + self.scale * product).to(self.dtype)
+        rows = self.source.read((slice(top, bottom), slice(0, self.shape[1]))).float()
+        rows = rows + self.scale * (self.b[top:bottom] @ self.a)
+        factor = self.magnitude[top:bottom] / rows.norm(dim=1)
+        return (factor[:, None] * rows[:, left:right]).to(self.dtype)
 
 
 def merged(model: StoredModel, adapter: StoredAdapter) -> StoredModel:
@@ -363,5 +379,7 @@ def merged(model: StoredModel, adapter: StoredAdapter) -> StoredModel:
             module, _, projection = name.removesuffix(".lora.B").rpartition(".")
             a = adapter.tensors[f"{module}.{adapter.spec.owner(projection)}.lora.A"]
             weight = f"{module}.{projection}.weight"
-            tensors[weight] = Merged(tensors[weight], a, b, adapter.spec.scale)
+            tensors[weight] = Merged(
+                tensors[weight], a, b, adapter.spec.scale, adapter.tensors.get(f"{module}.{projection}.lora.magnitude")
+            )
     return replace(model, tensors=tensors, optimizer={}, state={})

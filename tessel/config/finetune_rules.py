@@ -96,7 +96,7 @@ def check_samples(cfg: RunConfig) -> None:
 def check_adapters(cfg: RunConfig) -> None:
     """No flag of adapters without adapters."""
     wanted = cfg.lora
-    for name in ("use_rslora", "qlora"):
+    for name in ("use_rslora", "use_dora", "qlora"):
         if getattr(wanted, name) and not wanted.is_on:
             raise UsageError(f"{flag_of(name)} is for adapters: ask for some with --lora-r, or leave it out.")
     if wanted.qlora_double_quant and not wanted.qlora:

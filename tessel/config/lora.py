@@ -27,6 +27,7 @@ class Lora:
         None, "adapter beside --load: a PEFT folder, a run, or MindSpeed-LLM's checkpoint", metavar="DIR"
     )
     use_rslora: bool = option(False, "scale by alpha / sqrt(r)")
+    use_dora: bool = option(False, "learn the lengths of the adapted weights' rows, too (DoRA)")
     qlora: bool = option(False, "hold the frozen weights of projections in four bits (NF4), as bitsandbytes does")
     qlora_double_quant: bool = option(False, "with --qlora: their scales in 8 bits (double quantisation)")
     lora_ckpt_filter: bool = option(False, "accepted: checkpoints of adapters never hold the frozen model here")

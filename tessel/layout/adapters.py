@@ -45,6 +45,7 @@ class AdapterSpec:
         dropout: of an adapter's input, in training.
         weights: how the frozen weights of projections are held: in the compute dtype, or in NF4, with scales in fp32
             or in 8 bits.
+        dora: rows of the adapted weights have learned lengths (arXiv 2402.09353), `PROJECTION.lora.magnitude` [out].
     """
 
     rank: int
@@ -53,6 +54,7 @@ class AdapterSpec:
     dropout: float = 0.0
     rslora: bool = False
     weights: Held = "plain"
+    dora: bool = False
 
     @property
     def scale(self) -> float:

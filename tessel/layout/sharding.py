@@ -35,8 +35,8 @@ PartialAxis = Literal["tp", "sequence", "kv_replicas", "tied_stages"]
 _PLAIN_MLP = ("gate_proj", "up_proj", "down_proj")
 
 # normal: N(0, std); scaled_normal: N(0, std / sqrt(2 x layers)), for what writes into the residual stream;
-# uniform: U(-1, 1) / sqrt(in), of an adapter.
-Init = Literal["normal", "scaled_normal", "ones", "zeros", "uniform"]
+# uniform: U(-1, 1) / sqrt(in), of an adapter; row_norms: the lengths of the rows of the weight beside it.
+Init = Literal["normal", "scaled_normal", "ones", "zeros", "uniform", "row_norms"]
 
 
 class DecoderShape(Protocol):
@@ -158,6 +158,9 @@ def _adapters(table: dict[str, ParamRule], spec: AdapterSpec) -> dict[str, Param
         if spec.owner(projection) == projection:
             a = ParamRule((spec.rank, inner), rule.split, "uniform", rule.dim, rule.blocks)
             rows[module + ".lora.A"] = _replicated((spec.rank, inner), "uniform", "tp") if is_column else a
+        if spec.dora:
+            lengths = replace(rule, shape=(out,), init="row_norms")
+            rows[module + ".lora.magnitude"] = lengths if is_column else _replicated((out,), "row_norms", "tp")
         b = replace(rule, shape=(out, spec.rank), init="zeros")
         rows[module + ".lora.B"] = b if is_column else _replicated((out, spec.rank), "zeros", "tp")
     return rows

@@ -56,6 +56,7 @@ def initialize_(
     lm_head.weight                                 normal(0, std)
     *.lora.A                                       uniform(-1 / sqrt(in), 1 / sqrt(in))
     *.lora.B                                       0
+    *.lora.magnitude                               left 0: see `train/adapting.py`
     ============================================== =================================
 
     A shared expert has the laws of an MLP. `std` is `--init-method-std`. The laws stand in the sharding

@@ -35,10 +35,20 @@ class Linear(nn.Module):
         y: Tensor = self.nf4(x, self.weight)
         return y if bias is None else y + bias
 
+    def dense_weight(self) -> Tensor:
+        """The weight as numbers."""
+        return self.weight.detach() if self.nf4 is None else self.nf4.weight(self.weight)
+
+    def with_adapter(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`product`, and what is learned beside it."""
+        if self.lora is None:
+            return self.product(x, bias)
+        y: Tensor = self.lora(x, self, bias)
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        y = self.product(x, self.bias)
-        return y if self.lora is None else self.lora(x, y)
+        return self.with_adapter(x, self.bias)
 
 
 class Embedding(nn.Module):

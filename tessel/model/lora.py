@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +15,56 @@ from tessel.model.quantized import Nf4, Packing
 
 
 class Adapter(nn.Module):
-    """scale * B A dropout(x), beside a linear map; without an A of its own, with that of `owner`."""
+    """scale * B A dropout(x), beside a linear map; without an A of its own, with that of `owner`.
+
+    With a `magnitude` m (DoRA), row i of W + scale B A is then given the length m[i]. `sum_over_parts`: adds up what
+    ranks that hold other columns of W have. While `is_off`, the linear map is alone.
+    """
 
     def __init__(self, linear: Linear, spec: AdapterSpec, owner: Adapter | None) -> None:
         super().__init__()
         out_features, in_features = linear.weight.shape
         self.A = nn.Parameter(torch.empty(spec.rank, in_features)) if owner is None else None
         self.B = nn.Parameter(torch.empty(out_features, spec.rank))
+        self.magnitude = nn.Parameter(torch.empty(out_features)) if spec.dora else None
         self.scale, self.dropout = spec.scale, spec.dropout
+        self.sum_over_parts: Callable[[Tensor], Tensor] | None = None
+        self.is_off = False
         # In a tuple, so that the owner's parameter is not registered here as well.
         self._owner: tuple[Adapter, ...] = () if owner is None else (owner,)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [..., in_features] and what the linear map made of it, [..., out_features] -> their sum."""
+    def forward(self, x: Tensor, linear: Linear, bias: Tensor | None) -> Tensor:
+        """x [..., in_features] -> [..., out_features]: what `linear` makes of it, and what is learned beside that."""
+        if self.is_off:
+            return linear.product(x, bias)
+        dropped = F.dropout(x, self.dropout, self.training)
+        if self.magnitude is None:
+            return linear.product(x, bias) + F.linear(F.linear(dropped, self._a()), self.B) * self.scale
+        # The length before is taken for a constant (DoRA, arXiv 2402.09353, section 4.3).
+        factor = self.magnitude / self.lengths(linear.dense_weight()).to(self.magnitude.dtype)
+        product = linear.product(x)
+        learned = F.linear(F.linear(dropped, self._a()), self.B) * self.scale
+        if self.dropout and self.training:
+            y = product + (factor - 1) * linear.product(dropped) + factor * learned
+        else:
+            y = factor * (product + learned)
+        return y if bias is None else y + bias
+
+    def _a(self) -> Tensor:
         weight = self._owner[0].A if self.A is None else self.A
         assert weight is not None
-        inner = F.linear(F.dropout(x, self.dropout, self.training), weight)
-        return y + F.linear(inner, self.B) * self.scale
+        return weight
+
+    @torch.no_grad()
+    def lengths(self, weight: Tensor) -> Tensor:
+        """Of the rows of `weight` + scale B A, fp32."""
+        return self.norms(weight.float() + self.scale * (self.B.float() @ self._a().float()))
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        """Of the rows of `weight`, those columns included that other ranks hold."""
+        squares = weight.float().square().sum(dim=1)
+        return (squares if self.sum_over_parts is None else self.sum_over_parts(squares)).sqrt()
 
 
 def attach_adapters(layers: nn.ModuleDict, spec: AdapterSpec) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -268,9 +268,11 @@ class Nf4(nn.Module):
         y: Tensor = _Linear.apply(x, packed, self.nested, self.packing)
         return y
 
-    def weight(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight, [out_features, in_features]."""
-        return self.packing.dequantize(packed, self.nested, dtype)
+    def weight(self, packed: Tensor, first_row: int = 0) -> Tensor:
+        """The rows of the weight that `packed` holds, the first of which is row `first_row`: fp32."""
+        start, size = self.packing.start, self.packing.size
+        rows = replace(self.packing, start=(start[0] + first_row, *start[1:]), size=(packed.shape[0], *size[1:]))
+        return rows.dequantize(packed, self.nested, torch.float32)
 
     @torch.no_grad()
     def fill(self, packed: Tensor, whole: Tensor, box: Sequence[slice]) -> None:

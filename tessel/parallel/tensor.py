@@ -40,6 +40,7 @@ from tessel.layout.tiles import Tile, tile_of
 from tessel.model.attention import Attention, AttentionFn, Visibility
 from tessel.model.config import ModelConfig
 from tessel.model.layers import MLP, Linear
+from tessel.model.lora import Adapter
 from tessel.model.transformer import Decoder, Layer, Transformer
 from tessel.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from tessel.parallel.groups import Groups
@@ -82,13 +83,12 @@ class RowLinear(Linear):
         nn.Module.__init__(self)
         self.weight, self.bias, self.lora, self.nf4 = linear.weight, linear.bias, linear.lora, linear.nf4
         self.boundary = boundary
+        if isinstance(self.lora, Adapter):
+            self.lora.sum_over_parts = lambda squares: reduce_from(squares, boundary.group)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., this rank's in_features] -> [..., out_features]."""
-        y = self.product(x)
-        if self.lora is not None:
-            y = self.lora(x, y)
-        y = self.boundary.leave(y)
+        y = self.boundary.leave(self.with_adapter(x, None))
         return y if self.bias is None else y + self.bias
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from tessel.checkpoint import training as run_checkpoint
 from tessel.checkpoint.adapters import StoredAdapter, check_asked, open_adapter
 from tessel.checkpoint.fill import fill_adapters
-from tessel.checkpoint.tiles import held_tile, tiled
+from tessel.checkpoint.tiles import held_tile, local_of, part_of, tiled
 from tessel.config.lora import DEFAULT_RANK, Lora
 from tessel.config.run import RunConfig
 from tessel.errors import TesselError, UsageError
@@ -16,6 +18,8 @@ from tessel.layout.adapters import AdapterSpec, Held, groups_of, is_adapter
 from tessel.layout.tiles import Tile
 from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
+from tessel.model.layers import Linear
+from tessel.model.lora import Adapter
 from tessel.model.transformer import Transformer
 from tessel.train.source import Kind, Source, find_source
 
@@ -32,11 +36,12 @@ class Adapting:
         """One line for the log."""
         spec = self.spec
         held = {"plain": "", "nf4": "; weights in NF4", "nf4-double": "; weights in NF4, their scales in 8 bits"}
+        dora = ", with learned lengths (DoRA)" if spec.dora else ""
         shared = "".join(f"; {', '.join(group)} share one A" for group in spec.groups if len(group) > 1)
         start = "" if self.stored is None else f", starting from {self.stored.folder}"
         return (
             f"adapters of rank {spec.rank}, alpha {spec.alpha:g}, beside {', '.join(spec.targets)}"
-            f"{shared}{held[spec.weights]}{start}"
+            f"{dora}{shared}{held[spec.weights]}{start}"
         )
 
 
@@ -74,10 +79,12 @@ def _spec(lora: Lora, stored: StoredAdapter | None) -> AdapterSpec:
     rank = DEFAULT_RANK if lora.lora_r is None else lora.lora_r
     alpha = 2.0 * rank if lora.lora_alpha is None else lora.lora_alpha
     held: Held = "plain" if not lora.qlora else "nf4-double" if lora.qlora_double_quant else "nf4"
-    asked = AdapterSpec(rank, alpha, groups, lora.lora_dropout, lora.use_rslora, held)
+    asked = AdapterSpec(rank, alpha, groups, lora.lora_dropout, lora.use_rslora, held, lora.use_dora)
     if stored is None:
         return asked
     check_asked(stored, lora.lora_r, lora.lora_alpha, groups if names else None)
+    if lora.use_dora and not stored.spec.dora:
+        raise UsageError(f"--use-dora: the adapter in {stored.folder} has no learned lengths. Leave the flag out.")
     return replace(stored.spec, dropout=lora.lora_dropout, weights=held)
 
 
@@ -106,3 +113,14 @@ def load_adapters(
         else:
             own = {name: held_tile(parameter, tiles[name]) for name, parameter in held.items()}
             initialize_(part, config, 0.0, seed, own, only=own.keys())
+            _start_magnitudes(part)
+
+
+@torch.no_grad()
+def _start_magnitudes(part: Transformer) -> None:
+    """The learned lengths of rows begin as those of the weights."""
+    for module in part.modules():
+        if isinstance(module, Linear) and isinstance(module.lora, Adapter) and module.lora.magnitude is not None:
+            held = part_of(module.weight)
+            weight = held.values if module.nf4 is None else module.nf4.weight(held.values, held.start[0])
+            local_of(module.lora.magnitude).copy_(module.lora.norms(weight))

@@ -47,6 +47,8 @@ def run_identity(cfg: RunConfig, model_config: ModelConfig, splits: Splits) -> d
         model["adapters"] = {"rank": spec.rank, "scale": spec.scale, "groups": groups}
         if spec.weights != "plain":
             model["adapters"]["weights"] = spec.weights
+        if spec.dora:
+            model["adapters"]["dora"] = True
     data: dict[str, Any] = {f"--{name.replace('_', '-')}": getattr(cfg.data, name) for name in _DATA_FLAGS}
     data |= {
         "--seq-length": cfg.batch.seq_length,

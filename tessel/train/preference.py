@@ -166,11 +166,10 @@ def _losses(options: Preference, difference: Tensor) -> Tensor:
 def without_adapters(parts: Sequence[Transformer]) -> Iterator[None]:
     """The model as it was before its adapters."""
     found = [module for part in parts for module in part.modules() if isinstance(module, Adapter)]
-    scales = [adapter.scale for adapter in found]
     for adapter in found:
-        adapter.scale = 0.0
+        adapter.is_off = True
     try:
         yield
     finally:
-        for adapter, scale in zip(found, scales, strict=True):
-            adapter.scale = scale
+        for adapter in found:
+            adapter.is_off = False

@@ -128,6 +128,7 @@ def test_flags_without_what_they_are_for(
 def test_a_random_model_is_not_quantised(data: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = flags(tmp_path, data, tmp_path / "run", *QLORA)
     at = arguments.index("--load")
-    shape = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 32 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear"
+    shape = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 32 --swiglu
+        --normalization RMSNorm --position-embedding-type rope --disable-bias-linear"""
     assert main(arguments[:at] + arguments[at + 2 :] + shape.split()) == 2
     assert "--qlora needs --load" in capsys.readouterr().err
