@@ -26,10 +26,12 @@ from tessel.config.preprocess import MergeConfig, PreprocessConfig, SplitConfig
 from tessel.config.preprocess_flags import PREPROCESSING
 from tessel.config.preprocess_rules import validate_merge, validate_preprocess, validate_split
 from tessel.config.run import RunConfig
+from tessel.config.serve import ServeConfig, validate_serve
 from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
 from tessel.config.tune import with_defaults
 from tessel.config.validate import advice, validate, validate_samples
+from tessel.errors import TesselError
 from tessel.launch import launch, starts_processes
 from tessel.runtime.failure import shown_once
 from tessel.runtime.files import require_writable
@@ -202,6 +204,18 @@ def chat(argv: list[str]) -> None:
     target.chat(*read)
 
 
+def serve(argv: list[str]) -> None:
+    """Serve a trained model over HTTP, with OpenAI's API and a chat page."""
+    read = _read_for_use(ServeConfig, argv, "serve", validate_serve)
+    if read is None:
+        return
+    try:
+        from tessel.serve import command as target
+    except ImportError as error:
+        raise TesselError(f"tessel serve needs {error.name}: pip install 'tessel[serve]'.") from error
+    target.serve(*read)
+
+
 def inspect(argv: list[str]) -> None:
     """Say what a model folder, a run or a dataset holds."""
     cfg = _read(verbs.InspectConfig, argv, "inspect")
@@ -324,6 +338,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "samples": samples,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "inspect": inspect,
     "templates": templates,
     "download": download,

@@ -131,6 +131,17 @@ class Batcher:
         """Take a request; its events carry the number returned.
 
         Raises:
+            TesselError: see `check`.
+        """
+        self.check(request)
+        self._waiting.append((self._next, request))
+        self._next += 1
+        return self._next - 1
+
+    def check(self, request: Request) -> None:
+        """Whether a request can be taken at all; another thread may ask.
+
+        Raises:
             TesselError: the prompt is empty, longer than the context or than all room, or holds an id that the model
                 lacks.
         """
@@ -140,9 +151,6 @@ class Batcher:
                 f"A prompt of {len(request.prompt_ids)} tokens and {request.max_new_tokens} new ones need more room "
                 f"than there is for all texts together ({self._max_tokens} tokens). Ask for fewer tokens."
             )
-        self._waiting.append((self._next, request))
-        self._next += 1
-        return self._next - 1
 
     def cancel(self, number: int) -> None:
         """End a request that waits or runs; the next step says so. One that has ended is left alone."""

@@ -1,0 +1,172 @@
+"""`tessel serve`: from the flags to a server that runs until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from tessel.config.chat import Templating
+from tessel.config.serve import KEY_VARIABLE, Limits, ServeConfig, is_loopback
+from tessel.errors import TesselError
+from tessel.generate.batcher import Batcher
+from tessel.generate.dialogues import ChatTemplate
+from tessel.generate.load import Opened, open_for_use
+from tessel.serve.app import Service, make_app
+from tessel.serve.asking import Asker
+
+_USUAL_TOKENS = 8192
+"""Of a text, where --cache-tokens does not say how many there is room for."""
+
+
+def serve(
+    cfg: ServeConfig, given: frozenset[str] = frozenset(), on_ready: Callable[[Server], None] = lambda _: None
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; `given` names the fields that the user set.
+
+    `on_ready` is called with the server when it takes requests, from its thread.
+
+    Raises:
+        TesselError: no model, an address that cannot be listened on, or a model that failed.
+    """
+    with (
+        listening(cfg.host, cfg.port) as listener,
+        open_for_use(cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given) as opened,
+    ):
+        name = cfg.served_model_name or _name_of(cfg)
+        service = Service(name, asker_of(opened, cfg.templating, cfg.limits), cfg.limits)
+        server = Server(service, listener, server_key(cfg), is_loopback(cfg.host), on_ready)
+        for line in (*opened.notes, *_notes(cfg, service, server.url)):
+            print(line, file=sys.stderr, flush=True)
+        server.run_until_told()
+    if server.has_failed:
+        raise TesselError("The model has failed (see above), and the server has ended.")
+    print("stopped", file=sys.stderr, flush=True)
+
+
+def asker_of(opened: Opened, templating: Templating, limits: Limits) -> Asker:
+    """What turns the bodies of requests into work for a batcher, within the limits."""
+    context = opened.config.max_position_embeddings
+    cache_tokens = limits.cache_tokens or max(limits.max_running * min(context, _USUAL_TOKENS), context + 1)
+    batcher = Batcher(
+        opened.model,
+        opened.tokenizer,
+        device=opened.device,
+        max_running=limits.max_running,
+        max_tokens=cache_tokens,
+        prefill_tokens=limits.prefill_tokens,
+        kept_tokens=limits.kept_tokens,
+    )
+    template, problem = None, ""
+    try:
+        template = ChatTemplate.of(opened.tokenizer, templating)
+    except TesselError as error:
+        if templating.prompt_type is not None or templating.prompt_type_path is not None:
+            raise
+        problem = str(error)
+    most = context if limits.max_new_tokens is None else min(limits.max_new_tokens, context)
+    return Asker(opened, batcher, template, problem, most, cache_tokens)
+
+
+class Server(uvicorn.Server):
+    """One that ends without a signal being raised anew, so that the model is let go of in order."""
+
+    def __init__(
+        self,
+        service: Service,
+        listener: socket.socket,
+        api_key: str | None,
+        is_local: bool,
+        on_ready: Callable[[Server], None] = lambda _: None,
+    ) -> None:
+        app = make_app(service, api_key, is_local)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(round(service.limits.shutdown_timeout_s), 1),
+        )
+        super().__init__(config)
+        self.service, self._listener, self._on_ready = service, listener, on_ready
+        self.has_failed = False
+        service.on_end = self._on_worker_end
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run_until_told(self) -> None:
+        """Serve until a signal, or until `should_exit` is set."""
+        self.run(sockets=[self._listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn; the address is listened on by now."""
+        await super().startup(sockets)
+        self._on_ready(self)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals end the server; a second one ends it without waiting for requests."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_worker_end(self) -> None:
+        if not self.should_exit:
+            self.has_failed = self.should_exit = True
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that holds the address, before a large model is read for it.
+
+    Raises:
+        TesselError: it is in use, or none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(1024)
+        except OSError as error:
+            remedy = "Give another --port, or 0 for a free one." if port else "Give another --host."
+            raise TesselError(
+                f"--host {host} --port {port} cannot be listened on: {error.strerror}. {remedy}"
+            ) from error
+        yield listener
+
+
+def server_key(cfg: ServeConfig) -> str | None:
+    """What clients must send: --api-key, else the environment's."""
+    return cfg.api_key or os.environ.get(KEY_VARIABLE) or None
+
+
+def _name_of(cfg: ServeConfig) -> str:
+    folder = cfg.loading.load or cfg.loading.lora_load
+    assert folder is not None
+    return Path(folder).resolve().name
+
+
+def _notes(cfg: ServeConfig, service: Service, url: str) -> Iterator[str]:
+    asker = service.asker
+    if asker.template is None:
+        yield f"no chat, completions alone: {asker.no_template}"
+    else:
+        yield f"template: {asker.template.source}"
+    yield f"room for keys and values: {asker.cache_tokens} tokens of all running texts"
+    if server_key(cfg) is None and not is_loopback(cfg.host):
+        yield f"warning: whoever reaches {cfg.host} can use the model; give --api-key"
+    yield f"serving {service.name} at {url} (chat page), {url}/v1 (OpenAI's API); Ctrl-C stops"

@@ -1,0 +1,175 @@
+"""The one thread that runs the model, and how the server's event loop talks to it.
+
+The loop hands over requests and cancellations in a queue; the thread takes what is there between two steps, and gives
+all events of a step back at once. Everything but `_work` and what it calls runs on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from tessel.generate.batcher import Batcher
+from tessel.generate.request import Event, Request
+from tessel.serve.errors import ApiError
+
+
+@dataclass(frozen=True)
+class _Add:
+    key: int
+    request: Request
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    key: int
+
+
+_Command = _Add | _Cancel | None
+"""None: stop."""
+
+
+class Job:
+    """The texts of one request of a client, as they grow: `async for events in job`, each (number of the text, event).
+
+    Ends when all have ended; what has come meanwhile is given together.
+    """
+
+    def __init__(self, keys: Sequence[int]) -> None:
+        self.keys = tuple(keys)
+        self._numbers = {key: number for number, key in enumerate(keys)}
+        self._left = len(keys)
+        self._events: list[tuple[int, Event]] = []
+        self._news = asyncio.Event()
+        self._error: ApiError | None = None
+        self.is_cancelled = False
+
+    def put(self, key: int, event: Event) -> None:
+        """An event of the text `key`."""
+        self._events.append((self._numbers[key], event))
+        self._left -= event.finish is not None
+        self._news.set()
+
+    def fail(self, error: ApiError) -> None:
+        """No more events are to come: whoever waits for them gets the error."""
+        self._error = error
+        self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        while self._left or self._events:
+            await self._news.wait()
+            self._news.clear()
+            events, self._events = self._events, []
+            if events:
+                yield events
+            if self._error is not None:
+                raise self._error
+
+
+class Worker:
+    """Runs a batcher. At most `max_texts` are waiting or running at a time.
+
+    `on_end` is called on the loop when the thread has ended: after `stop`, or because the model failed.
+    """
+
+    def __init__(self, batcher: Batcher, max_texts: int, on_end: Callable[[], None] = lambda: None) -> None:
+        self.batcher, self.max_texts = batcher, max_texts
+        self._on_end = on_end
+        self._jobs: dict[int, Job] = {}
+        self._commands: SimpleQueue[_Command] = SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._next = 0
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that wait or run."""
+        return len(self._jobs)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model is there."""
+        return self._thread.is_alive()
+
+    def submit(self, requests: Sequence[Request]) -> Job:
+        """Take requests, whose events come to the job returned.
+
+        Raises:
+            ApiError: they are more than there are places left (429), or ever (400); or the worker is gone (503).
+        """
+        if len(requests) > self.max_texts:
+            raise ApiError(
+                400, f"A request for {len(requests)} texts is more than this server takes, {self.max_texts}.", "n"
+            )
+        if not self.is_alive:
+            raise ApiError(503, "The model is not running.")
+        if self.num_texts + len(requests) > self.max_texts:
+            raise ApiError(429, "The server is busy: its queue is full. Try again later.", code="queue_full")
+        job = Job(range(self._next, self._next + len(requests)))
+        self._next += len(requests)
+        for key, request in zip(job.keys, requests, strict=True):
+            self._jobs[key] = job
+            self._commands.put(_Add(key, request))
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End what is left of a job; further times do nothing."""
+        for key in () if job.is_cancelled else job.keys:
+            if key in self._jobs:
+                self._commands.put(_Cancel(key))
+        job.is_cancelled = True
+
+    async def stop(self) -> None:
+        """End the thread after its present step; jobs that are left are lost."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _hand_out(self, events: list[tuple[int, Event]]) -> None:
+        for key, event in events:
+            job = self._jobs[key] if event.finish is None else self._jobs.pop(key)
+            job.put(key, event)
+
+    def _end(self) -> None:
+        for job in self._jobs.values():
+            job.fail(ApiError(503, "The server is shutting down.", code="server_shutting_down"))
+        self._jobs.clear()
+        self._on_end()
+
+    # ------------------------------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:  # an exception is shown by threading, and ends the server
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _work(self) -> None:
+        keys: dict[int, int] = {}
+        numbers: dict[int, int] = {}
+        while True:
+            for command in self._taken():
+                if command is None:
+                    return
+                if isinstance(command, _Add):
+                    number = self.batcher.add(command.request)
+                    keys[number], numbers[command.key] = command.key, number
+                elif command.key in numbers:
+                    self.batcher.cancel(numbers[command.key])
+            events = [(keys[event.request], event) for event in self.batcher.step()]
+            for key, event in events:
+                if event.finish is not None:
+                    del keys[event.request], numbers[key]
+            if events:
+                self._loop.call_soon_threadsafe(self._hand_out, events)
+
+    def _taken(self) -> list[_Command]:
+        """The commands that are there; where there is nothing else to do, after the first has come."""
+        is_idle = not (self.batcher.num_running or self.batcher.num_waiting)
+        taken = [self._commands.get()] if is_idle else []
+        while not self._commands.empty():
+            taken.append(self._commands.get())
+        return taken
