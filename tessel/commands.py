@@ -7,19 +7,17 @@ imported inside, so that `--help` and errors of the command line need no torch.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from tessel.config import convert as conversion
 from tessel.config import verbs
 from tessel.config.chat import ChatConfig, validate_chat
 from tessel.config.download_rules import validate_download
-from tessel.config.generate_flags import GENERATION
+from tessel.config.evaluate import EvaluateConfig, validate_evaluate
 from tessel.config.generate_rules import validate_generate
-from tessel.config.megatron import MEGATRON, ForeignFlags
+from tessel.config.megatron import MEGATRON
 from tessel.config.parser import Parsed, parse
 from tessel.config.plan_rules import validate_plan
 from tessel.config.preprocess import MergeConfig, PreprocessConfig, SplitConfig
@@ -31,14 +29,13 @@ from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
 from tessel.config.tune import with_defaults
 from tessel.config.validate import advice, validate, validate_samples
+from tessel.entry import note, read, read_for_use, use_model
 from tessel.errors import TesselError
 from tessel.launch import launch, starts_processes
 from tessel.runtime.failure import shown_once
 from tessel.runtime.files import require_writable
 from tessel.runtime.log import voice
 from tessel.runtime.world import World, is_launched
-
-Config = TypeVar("Config")
 
 
 def pretrain(argv: list[str]) -> None:
@@ -79,7 +76,7 @@ def _train(verb: str, argv: list[str], completed: Callable[[Parsed], Parsed]) ->
         parsed = completed(parse(RunConfig, argv, f"tessel {verb}", MEGATRON))
         cfg = validate(parsed.value)
         if not is_launched():
-            _note(*parsed.notes, *advice(cfg, parsed.given))
+            note(*parsed.notes, *advice(cfg, parsed.given))
         if parsed.print_config:
             derived = mark_changes(parsed.value, cfg, parsed.provenance, "derived")
             print(format_config(*_with_model(cfg, parsed.given, derived)))
@@ -116,7 +113,7 @@ def _check_before_launch(cfg: RunConfig, given: frozenset[str]) -> None:
 
 def preprocess(argv: list[str]) -> None:
     """Tokenize text files into a .bin/.idx dataset."""
-    cfg = _read(PreprocessConfig, argv, "preprocess", validate_preprocess, PREPROCESSING)
+    cfg = read(PreprocessConfig, argv, "preprocess", validate_preprocess, PREPROCESSING)
     if cfg is None:
         return
     if cfg.preview is not None:
@@ -136,7 +133,7 @@ def preprocess(argv: list[str]) -> None:
 
 def merge_datasets(argv: list[str]) -> None:
     """Write several .bin/.idx datasets as one."""
-    cfg = _read(MergeConfig, argv, "merge-datasets", validate_merge)
+    cfg = read(MergeConfig, argv, "merge-datasets", validate_merge)
     if cfg is None:
         return
     from tessel.data import merge as target
@@ -146,7 +143,7 @@ def merge_datasets(argv: list[str]) -> None:
 
 def split(argv: list[str]) -> None:
     """Deal the documents of a dataset out to several, such as train and valid."""
-    cfg = _read(SplitConfig, argv, "split", validate_split)
+    cfg = read(SplitConfig, argv, "split", validate_split)
     if cfg is None:
         return
     from tessel.data import merge as target
@@ -156,7 +153,7 @@ def split(argv: list[str]) -> None:
 
 def samples(argv: list[str]) -> None:
     """Show what a run trains on: the samples of any step, back to their documents."""
-    cfg = _read(verbs.SamplesConfig, argv, "samples", validate_samples, MEGATRON)
+    cfg = read(verbs.SamplesConfig, argv, "samples", validate_samples, MEGATRON)
     if cfg is None:
         return
     from tessel.data import show as target
@@ -170,55 +167,54 @@ def samples(argv: list[str]) -> None:
 
 def generate(argv: list[str]) -> None:
     """Continue prompts with a trained model."""
-    world = World.from_environment()
-    voice.speak_as(world.rank)
-    with shown_once(world):
-        parsed = parse(verbs.GenerateConfig, argv, "tessel generate", GENERATION)
-        cfg = validate_generate(parsed.value)
-        if not is_launched():
-            _note(*parsed.notes)
-        if parsed.print_config:
-            print(format_config(cfg, mark_changes(parsed.value, cfg, parsed.provenance, "derived")))
-            return
-        if starts_processes(cfg.launch):
-            if cfg.launch.nnodes == "1" and cfg.launch.nproc_per_node is not None:
-                from tessel.generate.load import check_before_launch
 
-                check_before_launch(cfg.loading, cfg.tokenizer, cfg.launch.nproc_per_node, cfg.model, parsed.given)
-            raise SystemExit(launch(["-m", "tessel", "generate", *argv], cfg.launch))
-        voice.speak_as(world.rank, cfg.launch.rank_log_dir)
-        from tessel.generate import command as target
-        from tessel.runtime.versions import check_versions
+    def target(cfg: verbs.GenerateConfig, given: frozenset[str]) -> None:
+        from tessel.generate import command
 
-        check_versions()
-        target.generate(cfg, parsed.given)
+        command.generate(cfg, given)
+
+    use_model(verbs.GenerateConfig, argv, "generate", validate_generate, target)
+
+
+def evaluate(argv: list[str]) -> None:
+    """Ask a trained model the questions of MMLU, C-Eval, CMMLU and other sets."""
+
+    def target(cfg: EvaluateConfig, given: frozenset[str]) -> None:
+        from tessel.evaluate import command
+        from tessel.report.bars import CHART, draw_accuracies
+
+        results = command.evaluate(cfg, given)
+        if results is not None and cfg.output is not None and voice.is_heard:
+            draw_accuracies(results, Path(cfg.output) / CHART)
+
+    use_model(EvaluateConfig, argv, "evaluate", validate_evaluate, target, replicas=True)
 
 
 def chat(argv: list[str]) -> None:
     """Talk with a trained model."""
-    read = _read_for_use(ChatConfig, argv, "chat", validate_chat)
-    if read is None:
+    found = read_for_use(ChatConfig, argv, "chat", validate_chat)
+    if found is None:
         return
     from tessel.generate import chat as target
 
-    target.chat(*read)
+    target.chat(*found)
 
 
 def serve(argv: list[str]) -> None:
     """Serve a trained model over HTTP, with OpenAI's API and a chat page."""
-    read = _read_for_use(ServeConfig, argv, "serve", validate_serve)
-    if read is None:
+    found = read_for_use(ServeConfig, argv, "serve", validate_serve)
+    if found is None:
         return
     try:
         from tessel.serve import command as target
     except ImportError as error:
         raise TesselError(f"tessel serve needs {error.name}: pip install 'tessel[serve]'.") from error
-    target.serve(*read)
+    target.serve(*found)
 
 
 def inspect(argv: list[str]) -> None:
     """Say what a model folder, a run or a dataset holds."""
-    cfg = _read(verbs.InspectConfig, argv, "inspect")
+    cfg = read(verbs.InspectConfig, argv, "inspect")
     if cfg is None:
         return
     from tessel.report import inspect as target
@@ -228,7 +224,7 @@ def inspect(argv: list[str]) -> None:
 
 def templates(argv: list[str]) -> None:
     """List prompt types, or compare them with a tokenizer's chat template."""
-    cfg = _read(TemplatesConfig, argv, "templates", validate_templates)
+    cfg = read(TemplatesConfig, argv, "templates", validate_templates)
     if cfg is None:
         return
     from tessel.report import templates as target
@@ -239,7 +235,7 @@ def templates(argv: list[str]) -> None:
 
 def convert(argv: list[str]) -> None:
     """Write a checkpoint in another format or layout, and prove it."""
-    cfg = _read(conversion.ConvertConfig, argv, "convert", conversion.validate_convert, conversion.CONVERSION)
+    cfg = read(conversion.ConvertConfig, argv, "convert", conversion.validate_convert, conversion.CONVERSION)
     if cfg is None:
         return
     from tessel.convert import convert as target
@@ -249,7 +245,7 @@ def convert(argv: list[str]) -> None:
 
 def merge(argv: list[str]) -> None:
     """Put an adapter into its model, as a Hugging Face folder."""
-    cfg = _read(conversion.MergeConfig, argv, "merge")
+    cfg = read(conversion.MergeConfig, argv, "merge")
     if cfg is None:
         return
     from tessel.convert import convert as target
@@ -259,7 +255,7 @@ def merge(argv: list[str]) -> None:
 
 def verify(argv: list[str]) -> None:
     """Compare two checkpoints of any formats, tensor by tensor."""
-    cfg = _read(conversion.VerifyConfig, argv, "verify", conversion.validate_verify)
+    cfg = read(conversion.VerifyConfig, argv, "verify", conversion.validate_verify)
     if cfg is None:
         return
     from tessel.convert import verify as target
@@ -270,7 +266,7 @@ def verify(argv: list[str]) -> None:
 
 def download(argv: list[str]) -> None:
     """Fetch a model, a dataset or any file, and check every byte of it."""
-    cfg = _read(verbs.DownloadConfig, argv, "download", validate_download)
+    cfg = read(verbs.DownloadConfig, argv, "download", validate_download)
     if cfg is None:
         return
     from tessel.download import command as target
@@ -280,7 +276,7 @@ def download(argv: list[str]) -> None:
 
 def doctor(argv: list[str]) -> None:
     """Say what this machine has, and what is missing for which verb."""
-    cfg = _read(verbs.DoctorConfig, argv, "doctor")
+    cfg = read(verbs.DoctorConfig, argv, "doctor")
     if cfg is None:
         return
     from tessel.report import doctor as target
@@ -290,7 +286,7 @@ def doctor(argv: list[str]) -> None:
 
 def plan(argv: list[str]) -> None:
     """List the layouts of a model that fit on so many devices, with memory and speed."""
-    cfg = _read(verbs.PlanConfig, argv, "plan", validate_plan)
+    cfg = read(verbs.PlanConfig, argv, "plan", validate_plan)
     if cfg is None:
         return
     from tessel.report import plan as target
@@ -300,7 +296,7 @@ def plan(argv: list[str]) -> None:
 
 def plot(argv: list[str]) -> None:
     """Draw the loss curves of runs side by side."""
-    cfg = _read(verbs.PlotConfig, argv, "plot")
+    cfg = read(verbs.PlotConfig, argv, "plot")
     if cfg is None:
         return
     from tessel.report import plot as target
@@ -310,7 +306,7 @@ def plot(argv: list[str]) -> None:
 
 def flags(argv: list[str]) -> None:
     """Say what becomes of each flag of MindSpeed-LLM, ModelLink, Pai-Megatron-Patch and Megatron-LM."""
-    cfg = _read(verbs.FlagsConfig, argv, "flags")
+    cfg = read(verbs.FlagsConfig, argv, "flags")
     if cfg is None:
         return
     from tessel.drop_in import table as target
@@ -320,7 +316,7 @@ def flags(argv: list[str]) -> None:
 
 def demo(argv: list[str]) -> None:
     """Train a small model on real text from start to end, in about two minutes."""
-    cfg = _read(verbs.DemoConfig, argv, "demo")
+    cfg = read(verbs.DemoConfig, argv, "demo")
     if cfg is None:
         return
     from tessel import demo as target
@@ -338,6 +334,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "samples": samples,
     "generate": generate,
     "chat": chat,
+    "evaluate": evaluate,
     "serve": serve,
     "inspect": inspect,
     "templates": templates,
@@ -353,39 +350,6 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _read(
-    cls: type[Config],
-    argv: list[str],
-    verb: str,
-    check: Callable[[Config], Config] | None = None,
-    foreign: ForeignFlags | None = None,
-) -> Config | None:
-    """The checked configuration of a verb; None where it was only to be shown."""
-    parsed = parse(cls, argv, f"tessel {verb}", foreign)
-    cfg: Config = parsed.value if check is None else check(parsed.value)
-    _note(*parsed.notes)
-    if parsed.print_config:
-        print(format_config(cfg, mark_changes(parsed.value, cfg, parsed.provenance, "derived")))
-        return None
-    return cfg
-
-
-def _read_for_use(
-    cls: type[Config], argv: list[str], verb: str, check: Callable[[Config, frozenset[str]], Config]
-) -> tuple[Config, frozenset[str]] | None:
-    """As `_read`, of a verb that uses a model; with the fields that were given."""
-    parsed = parse(cls, argv, f"tessel {verb}", GENERATION)
-    cfg = check(parsed.value, parsed.given)
-    _note(*parsed.notes)
-    if parsed.print_config:
-        print(format_config(cfg, mark_changes(parsed.value, cfg, parsed.provenance, "derived")))
-        return None
-    from tessel.runtime.versions import check_versions
-
-    check_versions()
-    return cfg, parsed.given
-
-
 def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str]) -> tuple[RunConfig, dict[str, str]]:
     """`cfg` with the shape of its model filled in, and the provenance that says so."""
     from tessel.train.setup import model_config_of
@@ -398,9 +362,3 @@ def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str
     }
     shown = replace(cfg, model=replace(cfg.model, **missing))
     return shown, mark_changes(cfg, shown, provenance, "derived" if source.model_folder is None else "model")
-
-
-def _note(*lines: str) -> None:
-    """Remarks on the command line, on stderr: stdout belongs to the verb."""
-    for line in lines if voice.is_heard else ():
-        print(f"tessel: {line}", file=sys.stderr)

@@ -20,7 +20,7 @@ from tessel.checkpoint.fill import fill_adapters, fill_model
 from tessel.checkpoint.tiles import tiled
 from tessel.config.layout import Launch, Layout
 from tessel.config.run import ModelShape
-from tessel.config.run import Tokenizer as TokenizerSection
+from tessel.config.tokenizer import Tokenizer as TokenizerSection
 from tessel.config.verbs import Loading
 from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError, UsageError
@@ -42,7 +42,7 @@ from tessel.parallel.expert import apply_expert_parallel
 from tessel.parallel.groups import Groups, build_groups
 from tessel.parallel.tensor import apply_tensor_parallel
 from tessel.runtime import device as devices
-from tessel.runtime.process import on_every_node, process_group
+from tessel.runtime.process import Processes, on_every_node, process_group
 from tessel.runtime.world import World
 
 
@@ -51,7 +51,7 @@ class Opened:
     """A model to use, and what belongs to it.
 
     `model` is called as `batcher.Model` says. `stop_ids` end a text, by the model's files, else the tokenizer's
-    end-of-document id. `topology`: of several processes, who holds what; its `dp` replicas see different texts.
+    end-of-document id. `topology`: of several `processes`, who holds what; its `dp` replicas see different texts.
     `notes`: what to tell the user, a line each.
     """
 
@@ -63,6 +63,7 @@ class Opened:
     topology: Topology
     folder: Path
     notes: tuple[str, ...]
+    processes: Processes
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def open_for_use(
         if not ends and found.tokenizer.eod is not None:
             ends = frozenset({found.tokenizer.eod})
         notes = (*_notes(loading, found), kernels.describe())
-        yield Opened(model, found.config, found.tokenizer, ends, device, found.topology, found.source.folder, notes)
+        yield Opened(
+            model, found.config, found.tokenizer, ends, device, found.topology, found.source.folder, notes, processes
+        )
 
 
 def dtype_of(loading: Loading) -> torch.dtype:
