@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -50,6 +51,14 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive(), "the server ends when it is told to"
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds; fails after half a minute."""
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

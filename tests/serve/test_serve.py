@@ -26,7 +26,7 @@ from tessel.generate.request import Event
 from tessel.generate.sampling import GREEDY
 from tessel.serve import command
 from tessel.serve.command import Server, listening
-from tests.serve.conftest import serving
+from tests.serve.conftest import serving, until
 
 Start = Callable[..., Server]
 
@@ -66,13 +66,6 @@ def send(server: Server, path: str, content: bytes | None, **headers: str) -> tu
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 # ------------------------------------------------------------------------------------------ answers
