@@ -12,6 +12,8 @@ from tessel.config.nearest import CERTAINTY, SIMILARITY, nearest
 from tessel.config.schema import Option, convert, flag_of
 from tessel.errors import TesselError, UsageError
 
+_BASE_KEY = "config"
+
 
 @dataclass(frozen=True)
 class FileValues:
@@ -24,17 +26,35 @@ class FileValues:
 def read_file(path: str, all_options: Sequence[Option], foreign: ForeignFlags) -> FileValues:
     """Read the fields of `all_options` from YAML, flat or under the names of their sections.
 
-    Keys may be written with dashes or underscores; a key without a value counts as not given.
+    Keys may be written with dashes or underscores; a key without a value counts as not given. `config: OTHER` at
+    the top level takes over the values of another file, named from this one's folder, where this one has none.
 
     Raises:
-        TesselError: the file cannot be read, or is not YAML.
-        UsageError: an unknown or repeated key, or a value that does not fit its field.
+        TesselError: a file cannot be read, or is not YAML.
+        UsageError: an unknown or repeated key, a value that does not fit its field, or files that take over each
+            other's values.
     """
+    return _read_file(path, all_options, foreign, ())
+
+
+def _read_file(path: str, all_options: Sequence[Option], foreign: ForeignFlags, takers: tuple[Path, ...]) -> FileValues:
+    tree = dict(read_yaml(path, f"--config {path}"))
+    found = FileValues({}, [])
+    base = tree.pop(_BASE_KEY, None)
+    if base is not None:
+        takers = (*takers, Path(path).resolve())
+        other = Path(path).parent / str(base)
+        if other.resolve() in takers:
+            raise UsageError(f"{_BASE_KEY}: {base} in {path} leads back to where it began; name another file.")
+        found = _read_file(str(other), all_options, foreign, takers)
+    own = _own_values(tree, path, all_options, foreign)
+    return FileValues(found.values | own.values, list(dict.fromkeys(found.foreign + own.foreign)))
+
+
+def _own_values(tree: Mapping[Any, Any], path: str, all_options: Sequence[Option], foreign: ForeignFlags) -> FileValues:
     by_name = {o.name: o for o in all_options}
     found = FileValues({}, [])
-    for section, key, raw in _flat(
-        read_yaml(path, f"--config {path}"), {o.path[-1] for o in all_options if o.path}, path
-    ):
+    for section, key, raw in _flat(tree, {o.path[-1] for o in all_options if o.path}, path):
         name = key.replace("-", "_")
         flag = flag_of(name)
         where = f"{key} in {path}"

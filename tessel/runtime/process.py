@@ -39,7 +39,10 @@ _DONE, _FAILED = "done", "failed"
 
 @contextmanager
 def mesh_of_one(device: torch.device) -> Iterator[DeviceMesh]:
-    """A one-dimensional mesh that holds this process alone. No socket is opened."""
+    """A one-dimensional mesh that holds this process alone, as do all that are made within. No socket is opened."""
+    if distributed.is_initialized():
+        yield DeviceMesh(device.type, [0])
+        return
     backend = distributed.get_default_backend_for_device(device)
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:

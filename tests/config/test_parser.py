@@ -164,6 +164,30 @@ def test_a_file_that_is_not_there_or_not_yaml_is_refused(write_config, tmp_path)
         read("--config", str(tmp_path / "latin.yaml"))
 
 
+def test_a_file_takes_over_the_values_of_another(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "all.yaml").write_text("lr: 1e-3\nseed: 7\nuse_mcore_models: true\n")
+    (tmp_path / "base" / "bf16.yaml").write_text("config: all.yaml\nbf16: true\nseed: 8\n")
+    path = tmp_path / "run.yaml"
+    path.write_text("config: base/bf16.yaml\noptimizer: {lr: 2e-3}\n")
+    parsed = read("--config", str(path))
+    cfg = parsed.value
+    assert (cfg.optimizer.lr, cfg.precision.seed, cfg.precision.bf16) == (2e-3, 8, True)
+    assert parsed.given == {"lr", "seed", "bf16"} and parsed.provenance["seed"] == "file"
+    assert any("--use-mcore-models" in note for note in parsed.notes)
+
+
+def test_files_that_take_over_each_other_are_refused(tmp_path):
+    for one, other in ("ab", "ba"):
+        (tmp_path / f"{one}.yaml").write_text(f"config: {other}.yaml\n")
+    assert refused("--config", str(tmp_path / "a.yaml")) == (
+        f"config: a.yaml in {tmp_path}/b.yaml leads back to where it began; name another file."
+    )
+    (tmp_path / "c.yaml").write_text("config: nowhere.yaml\n")
+    with pytest.raises(TesselError, match=r"nowhere.yaml cannot be read: No such file"):
+        read("--config", str(tmp_path / "c.yaml"))
+
+
 def test_an_empty_file_gives_nothing(write_config):
     assert read("--config", write_config("")).given == frozenset()
 
