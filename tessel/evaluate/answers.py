@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
 from tessel.data.tokenizer import Tokenizer
-from tessel.data.tokenizer.base import BatchEncoder
 from tessel.evaluate.items import ChoiceItem, Outcome, TextItem, outcome_of_scores
 from tessel.evaluate.scorer import Scorer
-from tessel.generate.batcher import Batcher, Counts
+from tessel.generate.batcher import Batcher
 from tessel.generate.load import Opened
 from tessel.generate.request import Request
 from tessel.generate.sampling import GREEDY
@@ -36,26 +35,19 @@ def choose(scorer: Scorer, tokenizer: Tokenizer, items: Sequence[ChoiceItem]) ->
 
 
 def _pairs(tokenizer: Tokenizer, items: Sequence[ChoiceItem]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids of the context, ids of the answer), of each answer of each question."""
-    encode = tokenizer.batch_encoder()
-    for first in range(0, len(items), _TEXTS_AT_ONCE):
-        for item, ids in _encoded(encode, items[first : first + _TEXTS_AT_ONCE]):
-            context = np.array(ids[0], np.int32)
-            yield from ((context, np.array(whole[len(context) :], np.int32)) for whole in ids[1:])
-            del item
-
-
-def _encoded(encode: BatchEncoder, items: Sequence[ChoiceItem]) -> Iterator[tuple[ChoiceItem, list[list[int]]]]:
-    """The ids of each context, and of it with each answer.
+    """(ids of the context, ids of the answer), of each answer of each question.
 
     Blanks at the end of a context are left to the answer, as in lm-evaluation-harness's TemplateLM._encode_pair.
     """
-    texts = [
-        text for item in items for text in (item.context.rstrip(), *(item.context + end for end in item.continuations))
-    ]
-    ids = iter(encode(texts))
-    for item in items:
-        yield item, [next(ids) for _ in range(1 + len(item.continuations))]
+    encode = tokenizer.batch_encoder()
+    for first in range(0, len(items), _TEXTS_AT_ONCE):
+        some = items[first : first + _TEXTS_AT_ONCE]
+        texts = [[item.context.rstrip(), *(item.context + end for end in item.continuations)] for item in some]
+        ids = iter(encode([text for of_item in texts for text in of_item]))
+        for of_item in texts:
+            context = np.array(next(ids), np.int32)
+            for _ in of_item[1:]:
+                yield context, np.array(next(ids)[len(context) :], np.int32)
 
 
 # ----------------------------------------------------------------------------------------- by text
@@ -70,7 +62,6 @@ class Writer:
     judges: bool = True
     """Whether this process says what is right, or leaves that to the one that speaks for its replica."""
     cut_texts: int = 0
-    counts: Counts = field(default_factory=Counts)
 
     def write(self, items: Sequence[TextItem]) -> Iterator[Outcome]:
         """Each question's outcome, when its text has ended; the subjects one after another."""
@@ -89,38 +80,51 @@ class Writer:
         return tuple(ids[-room:])
 
     def _answers(self, items: Sequence[TextItem], prompts: Sequence[tuple[int, ...]]) -> Iterator[Outcome]:
-        longest = max(len(prompt) for prompt in prompts)
-        batcher = Batcher(
-            self.opened.model,
-            self.opened.tokenizer,
-            device=self.opened.device,
-            max_running=self.max_running,
-            kept_tokens=4 * longest,
-        )
-        self.counts = batcher.counts
-        stem = _stem(prompts)
-        if stem:  # computed before the prompts that take it over
-            batcher.add(Request(stem, GREEDY, max_new_tokens=0))
-            while batcher.num_running or batcher.num_waiting:
-                batcher.step()
-        # Those of like length end together.
-        order = sorted(range(len(items)), key=lambda i: (-len(prompts[i]), i))
-        running: dict[int, tuple[TextItem, list[str]]] = {}
-        for i in order:
-            item = items[i]
-            request = Request(prompts[i], GREEDY, item.max_new_tokens, self.opened.stop_ids, item.stop)
-            running[batcher.add(request)] = item, []
-        while running:
-            for event in batcher.step():
-                item, pieces = running[event.request]
-                pieces.append(event.text)
-                if event.finish is not None:
-                    del running[event.request]
-                    yield self._outcome(item, "".join(pieces))
+        stop_ids = self.opened.stop_ids
+        requests = [
+            Request(prompt, GREEDY, item.max_new_tokens, stop_ids, item.stop)
+            for item, prompt in zip(items, prompts, strict=True)
+        ]
+        for number, _, text in continued(self.opened, requests, self.max_running):
+            yield self._outcome(items[number], text)
 
     def _outcome(self, item: TextItem, text: str) -> Outcome:
         prediction, is_right = item.judge(text) if self.judges else ("", False)
         return Outcome(item.key, prediction, item.answer, is_right, text=text)
+
+
+def continued(
+    opened: Opened, requests: Sequence[Request], max_running: int
+) -> Iterator[tuple[int, tuple[int, ...], str]]:
+    """(number of the request, its new tokens, their text) of each request, when it has ended.
+
+    What all prompts begin with is computed once, before them; texts of like length run together.
+    """
+    if not requests:
+        return
+    prompts = [request.prompt_ids for request in requests]
+    batcher = Batcher(
+        opened.model,
+        opened.tokenizer,
+        device=opened.device,
+        max_running=max_running,
+        kept_tokens=4 * max(len(prompt) for prompt in prompts),
+    )
+    if stem := _stem(prompts):
+        batcher.add(Request(stem, GREEDY, max_new_tokens=0))
+        while batcher.num_running or batcher.num_waiting:
+            batcher.step()
+    order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), i))
+    running: dict[int, tuple[int, list[int], list[str]]] = {batcher.add(requests[i]): (i, [], []) for i in order}
+    while running:
+        for event in batcher.step():
+            number, tokens, pieces = running[event.request]
+            pieces.append(event.text)
+            if event.token is not None:
+                tokens.append(event.token)
+            if event.finish is not None:
+                del running[event.request]
+                yield number, tuple(tokens), "".join(pieces)
 
 
 def _stem(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

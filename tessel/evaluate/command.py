@@ -12,16 +12,16 @@ from typing import Any
 from torch import distributed
 
 from tessel.config.evaluate import EvaluateConfig
-from tessel.errors import UsageError
+from tessel.errors import TesselError
 from tessel.evaluate import store
 from tessel.evaluate.answers import Writer, choose
 from tessel.evaluate.compare import compare, describe, write_comparison
 from tessel.evaluate.exam import Item, make_exam
 from tessel.evaluate.items import ChoiceItem, Key, Outcome, TextItem
+from tessel.evaluate.replica import Replica
 from tessel.evaluate.results import summarize, table, write_results
 from tessel.evaluate.scorer import Scorer
 from tessel.generate.load import Opened, open_for_use
-from tessel.layout.topology import Topology
 from tessel.runtime import watchdog
 from tessel.runtime.log import log, progress, voice
 
@@ -37,10 +37,23 @@ def evaluate(cfg: EvaluateConfig, given: frozenset[str] = frozenset()) -> dict[s
         with open_for_use(
             cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given, replicas=True
         ) as opened:
-            results = _evaluated(cfg, opened)
+            if cfg.harness:
+                _harness(cfg, opened)
+            else:
+                results = _evaluated(cfg, opened)
     if cfg.compare is not None and voice.is_heard:
         _compare(cfg.output or "", cfg.compare)
     return results
+
+
+def _harness(cfg: EvaluateConfig, opened: Opened) -> None:
+    try:
+        from tessel.evaluate.harness import run_harness
+    except ImportError as error:
+        raise TesselError(f"--harness needs {error.name}: pip install 'tessel[harness]'.") from error
+    for line in opened.notes:
+        _say(line)
+    run_harness(cfg, opened)
 
 
 def _compare(output: str, other: str) -> None:
@@ -102,34 +115,6 @@ def _about(cfg: EvaluateConfig, opened: Opened) -> dict[str, Any]:
         "precision": precisions[0] if precisions else "fp32",
         "tokenizer": opened.tokenizer.identity,
     }
-
-
-@dataclass(frozen=True)
-class Replica:
-    """Which copy of the model this process belongs to; one process of each speaks for it."""
-
-    number: int
-    num_replicas: int
-    speaks: bool
-
-    @classmethod
-    def of(cls, topology: Topology, rank: int) -> Replica:
-        """
-        Raises:
-            UsageError: replicas share experts, so that they cannot work apart.
-        """
-        if topology.dp > 1 and topology.ep * topology.etp > topology.tp:
-            raise UsageError(
-                f"--expert-model-parallel-size {topology.ep} deals experts out over replicas, which answer different "
-                f"questions here: start {topology.tp * topology.pp} processes, or lower it."
-            )
-        place = topology.place(rank)
-        return cls(place.dp, topology.dp, place.tp == 0 and place.pp == 0)
-
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This replica's part, one piece, so that beginnings that questions share stay together."""
-        first, end = (len(items) * n // self.num_replicas for n in (self.number, self.number + 1))
-        return items[first:end]
 
 
 @dataclass
