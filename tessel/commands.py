@@ -314,6 +314,14 @@ def flags(argv: list[str]) -> None:
     target.show(cfg)
 
 
+def drop_in(argv: list[str]) -> None:
+    """Do what a program of another suite would: SUITE PROGRAM ARGUMENTS."""
+    from tessel.drop_in.run import run
+
+    voice.speak_as(World.from_environment().rank)
+    run(argv, VERBS, note)
+
+
 def demo(argv: list[str]) -> None:
     """Train a small model on real text from start to end, in about two minutes."""
     cfg = read(verbs.DemoConfig, argv, "demo")
@@ -346,6 +354,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "plan": plan,
     "plot": plot,
     "flags": flags,
+    "drop-in": drop_in,
     "demo": demo,
 }
 

@@ -71,6 +71,7 @@ VENDORS_ALLOWED = {
     "config/verbs.py",
     "config/megatron.py",
     "config/suites.py",
+    "drop_in/pai.py",
     "drop_in/rewrites.py",
 }
 

@@ -56,6 +56,9 @@ _LATER_BY_MATTER: dict[str, str] = {
         "--task-list --text-generate-gt-file --text-generate-input-file --text-generate-output-file --time "
         "--keep-last --verbosity --version"
     ),
+    "this way to ask questions (--num-fewshot, --prompt-type and --rule are there)": (
+        "--alternative-prompt --chain-of-thought --instruction-template --origin-postprocess"
+    ),
     "a part of Megatron's tests": (
         "--fake-process-group --gemm-shapes --skip-allreduce --skip-alltoall --skip-gemm --skip-reducescatter "
         "--skip-sendrecv --test-mode --dump-param-to-param-group-map"

@@ -13,7 +13,9 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 
+from tessel.config.chat import ChatConfig
 from tessel.config.convert import CONVERSION, ConvertConfig
+from tessel.config.evaluate import EvaluateConfig
 from tessel.config.generate_flags import GENERATION
 from tessel.config.megatron import MEGATRON, ForeignFlags
 from tessel.config.preprocess import PreprocessConfig
@@ -33,6 +35,8 @@ _READERS: dict[str, tuple[type, ForeignFlags]] = {
     "preprocess": (PreprocessConfig, PREPROCESSING),
     "convert": (ConvertConfig, CONVERSION),
     "generate": (GenerateConfig, GENERATION),
+    "chat": (ChatConfig, GENERATION),
+    "evaluate": (EvaluateConfig, GENERATION),
 }
 
 

@@ -117,6 +117,7 @@ REWRITES: Mapping[str, Mapping[str, Rewrite]] = {
     "pretrain": _TRAINING,
     "convert": _CONVERSION,
     "generate": _USE,
+    "chat": _USE,
     "evaluate": _EVALUATION,
 }
 """Verb -> flag -> what becomes of it."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from tessel.config.nearest import nearest
-from tessel.drop_in import conversion, training, use
+from tessel.drop_in import conversion, pai, training, use
 from tessel.drop_in.arguments import Arguments
 from tessel.drop_in.commands import Command, Translation
 from tessel.drop_in.flags import Kind, judge
@@ -67,6 +67,14 @@ PROGRAMS: dict[str, _Program] = {
 }
 """Name of a program -> what tessel does in its place."""
 
+SCRIPTS: dict[str, Callable[[Sequence[str]], Translation]] = {
+    "run_mcore_qwen.sh": pai.run_mcore_qwen,
+    "run_mcore_qwen3.sh": pai.run_mcore_qwen3,
+    "run_8xH20.sh": pai.run_8xh20,
+    "hf2mcore_qwen2.5_convertor.sh": pai.hf2mcore_convertor,
+}
+"""The same of Pai's scripts, whose arguments have no flags."""
+
 
 def translate(suite: str, program: str, argv: list[str]) -> Translation:
     """What tessel does in place of `program ARGV` of a suite.
@@ -79,6 +87,8 @@ def translate(suite: str, program: str, argv: list[str]) -> Translation:
     if suite not in SUITES:
         raise UsageError(f"unknown suite {suite}: it must be one of {', '.join(SUITES)}.")
     name = PurePath(program).name
+    if name in SCRIPTS:
+        return SCRIPTS[name](argv)
     if name not in PROGRAMS:
         near = nearest(name, PROGRAMS) or list(PROGRAMS)
         raise UsageError(f"tessel has nothing in place of {program}: it knows {', '.join(near)}.")

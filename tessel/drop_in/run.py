@@ -1,0 +1,33 @@
+"""`tessel drop-in`: a program of another suite, done by tessel's verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from tessel.drop_in.devices import placed
+from tessel.drop_in.translate import translate
+from tessel.errors import UsageError
+
+Verb = Callable[[list[str]], None]
+
+
+def run(argv: Sequence[str], verbs: Mapping[str, Verb], note: Callable[..., None]) -> None:
+    """Do what `SUITE PROGRAM ARGUMENTS` would, by `verbs`; remarks are told by `note` before.
+
+    Raises:
+        UsageError: suite or program are missing or unknown, or a command line that cannot be meant.
+        SystemExit: processes that a verb started have failed.
+    """
+    if len(argv) < 2 or argv[0].startswith("-"):
+        raise UsageError("tessel drop-in needs SUITE PROGRAM ARGUMENTS, such as mindspeed pretrain_gpt.py --lr 1e-5.")
+    suite, program, *arguments = argv
+    translated = translate(suite, program, arguments)
+    note(*translated.remarks)
+    for each in translated.commands:
+        command, remarks = placed(each)
+        note(*remarks)
+        try:
+            verbs[command.verb](list(command.arguments.argv))
+        except SystemExit as ended:  # of processes that were started: the next command follows a success
+            if ended.code:
+                raise
