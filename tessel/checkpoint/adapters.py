@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from tessel.checkpoint import torch_file
+from tessel.checkpoint.expert_adapters import is_stacked, stacked, unstacked
 from tessel.checkpoint.megatron_folder import find_iteration, rank_folders
 from tessel.checkpoint.safetensors import read_header, write_file
-from tessel.checkpoint.stored import Derived, Index, StoredModel, StoredTensor, bounds
+from tessel.checkpoint.stored import Derived, Index, StoredModel, StoredTensor, bounds, index_of
 from tessel.checkpoint.weights import named, read_bin
 from tessel.errors import TesselError, UsageError
 from tessel.layout.adapters import PROJECTIONS, AdapterSpec, groups_of, is_adapter
@@ -83,6 +84,8 @@ def open_adapter(folder: str | Path, config: ModelConfig) -> StoredAdapter:
     folder = require_path(folder, "--lora-load")
     peft = find_adapter(folder)
     adapter = _open_peft(peft) if peft is not None else _open_megatron(folder, config)
+    if config.num_experts and not any(map(is_stacked, adapter.tensors)):
+        adapter = replace(adapter, spec=replace(adapter.spec, experts=False))
     _check(adapter, config)
     return adapter
 
@@ -181,7 +184,7 @@ def _open_peft(folder: Path) -> StoredAdapter:
         dora=bool(settings.get("use_dora")),
     )
     base = settings.get("base_model_name_or_path")
-    return StoredAdapter(folder, spec, tensors, str(base) if base else None)
+    return StoredAdapter(folder, spec, stacked(tensors), str(base) if base else None)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -217,7 +220,7 @@ def write_peft(
 
     Projections that share an A each get a copy of it, which changes no result.
     """
-    held = dict(tensors)
+    held = unstacked(dict(tensors))
     for name in [name for name in held if name.endswith(".lora.B")]:
         module, _, projection = name.removesuffix(".lora.B").rpartition(".")
         held.setdefault(f"{module}.{projection}.lora.A", held[f"{module}.{spec.owner(projection)}.lora.A"])
@@ -361,9 +364,10 @@ class Merged(Derived):
 
     def read(self, index: Index | None = None) -> Tensor:
         """The box `index`, or all of it."""
-        (top, bottom), (left, right) = bounds(index, self.shape)
+        *experts, (top, bottom), (left, right) = bounds(index, self.shape)
         if self.magnitude is None:
-            product = self.b[top:bottom] @ self.a[:, left:right]
+            lead = index_of(experts)
+            product = self.b[(*lead, slice(top, bottom))] @ self.a[(*lead, slice(None), slice(left, right))]
             return (self.source.read(index).float() + self.scale * product).to(self.dtype)
         rows = self.source.read((slice(top, bottom), slice(0, self.shape[1]))).float()
         rows = rows + self.scale * (self.b[top:bottom] @ self.a)
@@ -373,13 +377,18 @@ class Merged(Derived):
 
 def merged(model: StoredModel, adapter: StoredAdapter) -> StoredModel:
     """The model with the adapter in its weights. Optimizer states, which are of the weights before, stay behind."""
-    tensors = dict(model.tensors)
-    for name, b in adapter.tensors.items():
-        if name.endswith(".lora.B"):
-            module, _, projection = name.removesuffix(".lora.B").rpartition(".")
-            a = adapter.tensors[f"{module}.{adapter.spec.owner(projection)}.lora.A"]
-            weight = f"{module}.{projection}.weight"
-            tensors[weight] = Merged(
-                tensors[weight], a, b, adapter.spec.scale, adapter.tensors.get(f"{module}.{projection}.lora.magnitude")
-            )
+    tensors, held, spec = dict(model.tensors), adapter.tensors, adapter.spec
+    for name, b in held.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "B" and is_stacked(name):
+            experts, _, projection = module.rpartition(".")
+            a, magnitude = held[f"{experts}.{spec.owner(projection)}.A"], None
+            weight = f"{experts.removesuffix('.lora')}.{projection}"
+        elif leaf == "B":
+            block, _, projection = module.removesuffix(".lora").rpartition(".")
+            a = held[f"{block}.{spec.owner(projection)}.lora.A"]
+            weight, magnitude = f"{block}.{projection}.weight", held.get(f"{module}.magnitude")
+        else:
+            continue
+        tensors[weight] = Merged(tensors[weight], a, b, spec.scale, magnitude)
     return replace(model, tensors=tensors, optimizer={}, state={})

@@ -46,6 +46,8 @@ class AdapterSpec:
         weights: how the frozen weights of projections are held: in the compute dtype, or in NF4, with scales in fp32
             or in 8 bits.
         dora: rows of the adapted weights have learned lengths (arXiv 2402.09353), `PROJECTION.lora.magnitude` [out].
+        experts: of a mixture's projections, each expert has an adapter, too: `experts.lora.PROJECTION.A` [X, r, in] and
+            `.B` [X, out, r].
     """
 
     rank: int
@@ -55,6 +57,7 @@ class AdapterSpec:
     rslora: bool = False
     weights: Held = "plain"
     dora: bool = False
+    experts: bool = True
 
     @property
     def scale(self) -> float:

@@ -29,8 +29,9 @@ Split = Literal["replicated", "column", "row", "vocab"]
 #   tp           each rank saw its own heads only: always, when tp > 1
 #   sequence     each rank saw its own tokens only: under --sequence-parallel
 #   kv_replicas  the ranks that hold a copy of the same key/value head: when tp > the number of these
+#   etp          each rank saw its own features of the experts: always, when expert-tensor-parallel > 1
 #   tied_stages  the copies of a tied embedding on the first and on the last pipeline stage
-PartialAxis = Literal["tp", "sequence", "kv_replicas", "tied_stages"]
+PartialAxis = Literal["tp", "sequence", "kv_replicas", "etp", "tied_stages"]
 
 _PLAIN_MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -147,13 +148,15 @@ def _mixture(config: DecoderShape, mlp: str) -> dict[str, ParamRule]:
 
 def _adapters(table: dict[str, ParamRule], spec: AdapterSpec) -> dict[str, ParamRule]:
     """The rows of low-rank adapters: what touches the cut dim of a weight is cut as it is; the rest sees a part."""
-    rows = {}
+    rows: dict[str, ParamRule] = {}
     for pattern, rule in table.items():
         module, _, leaf = pattern.rpartition(".")
         projection = module.rpartition(".")[2]
+        if rule.is_expert and spec.experts and spec.owner(leaf) is not None:
+            rows |= _expert_adapter(f"{module}.lora.{leaf}", rule, spec.rank, spec.owner(leaf) == leaf)
         if leaf != "weight" or rule.split not in ("column", "row") or spec.owner(projection) is None:
             continue
-        out, inner = rule.shape
+        out, inner = rule.shape[-2:]
         is_column = rule.split == "column"
         if spec.owner(projection) == projection:
             a = ParamRule((spec.rank, inner), rule.split, "uniform", rule.dim, rule.blocks)
@@ -164,6 +167,16 @@ def _adapters(table: dict[str, ParamRule], spec: AdapterSpec) -> dict[str, Param
         b = replace(rule, shape=(out, spec.rank), init="zeros")
         rows[module + ".lora.B"] = b if is_column else _replicated((out, spec.rank), "zeros", "tp")
     return rows
+
+
+def _expert_adapter(name: str, rule: ParamRule, rank: int, owns_a: bool) -> dict[str, ParamRule]:
+    """The rows of every expert's adapter beside one matrix: what touches the cut features is cut as they are."""
+    experts, out, inner = rule.shape
+    whole = ParamRule((), "replicated", "zeros", partial_axes=("etp",), is_expert=True)
+    is_column = rule.split == "column"
+    a = replace(whole if is_column else rule, shape=(experts, rank, inner), init="uniform")
+    b = replace(rule if is_column else whole, shape=(experts, out, rank), init="zeros")
+    return {name + ".A": a, name + ".B": b} if owns_a else {name + ".B": b}
 
 
 def rules(config: DecoderShape) -> dict[str, ParamRule]:

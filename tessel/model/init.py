@@ -76,7 +76,8 @@ def initialize_(
 
 def _fill_(held: Tensor, rule: ParamRule, stds: Mapping[str, float], seed: int, name: str, tile: Tile | None) -> None:
     if rule.init == "uniform":
-        _draw_(held, rule.shape, _uniform(rule.shape[-1] ** -0.5), seed, name, tile)
+        draw_ = _draw_experts_ if rule.is_expert else _draw_
+        draw_(held, rule.shape, _uniform(rule.shape[-1] ** -0.5), seed, name, tile)
     elif rule.init in stds:
         draw_ = _draw_experts_ if rule.is_expert else _draw_
         draw_(held, rule.shape, _normal(stds[rule.init]), seed, name, tile)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tessel.layout.adapters import PROJECTIONS, AdapterSpec, is_adapter
 from tessel.layout.tiles import Tile
 from tessel.model.layers import Linear
+from tessel.model.moe import Experts, grouped_linear
 from tessel.model.quantized import Nf4, Packing
 
 
@@ -67,9 +68,34 @@ class Adapter(nn.Module):
         return (squares if self.sum_over_parts is None else self.sum_over_parts(squares)).sqrt()
 
 
+class ExpertAdapter(nn.Module):
+    """An adapter for each of the experts of a stacked weight: A [X, r, in], B [X, out, r]; else as `Adapter`."""
+
+    def __init__(self, weight_XOI: Tensor, spec: AdapterSpec, owner: ExpertAdapter | None) -> None:
+        super().__init__()
+        num_experts, out_features, in_features = weight_XOI.shape
+        self.A = nn.Parameter(torch.empty(num_experts, spec.rank, in_features)) if owner is None else None
+        self.B = nn.Parameter(torch.empty(num_experts, out_features, spec.rank))
+        self.scale, self.dropout = spec.scale, spec.dropout
+        self.is_off = False
+        self._owner: tuple[ExpertAdapter, ...] = () if owner is None else (owner,)
+
+    def forward(self, rows_NI: Tensor, y_NO: Tensor, counts_X: Tensor) -> Tensor:
+        """Rows sorted by expert, what their experts' weights made of them, rows of each expert -> the sum, [N, O]."""
+        if self.is_off:
+            return y_NO
+        a = self._owner[0].A if self.A is None else self.A
+        assert a is not None
+        inner_NR = grouped_linear(F.dropout(rows_NI, self.dropout, self.training), a, counts_X)
+        return y_NO + grouped_linear(inner_NR, self.B, counts_X) * self.scale
+
+
 def attach_adapters(layers: nn.ModuleDict, spec: AdapterSpec) -> None:
-    """Give the projections of `layers` that `spec` names an adapter each. Stacked experts have none."""
+    """Give the projections of `layers` that `spec` names an adapter each, those of stacked experts too."""
     for layer in layers.values():
+        experts = getattr(layer.get_submodule("mlp"), "experts", None)
+        if isinstance(experts, Experts) and spec.experts:
+            _attach_to_experts(experts, spec)
         for block in list(layer.modules()):
             for projection in spec.targets:
                 linear = getattr(block, projection, None)
@@ -77,6 +103,16 @@ def attach_adapters(layers: nn.ModuleDict, spec: AdapterSpec) -> None:
                     first = spec.owner(projection)
                     owner = None if first is None or first == projection else getattr(block, first).lora
                     linear.lora = Adapter(linear, spec, owner)
+
+
+def _attach_to_experts(experts: Experts, spec: AdapterSpec) -> None:
+    held: dict[str, ExpertAdapter] = {}
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        first = spec.owner(projection)
+        if first is not None:
+            owner = None if first == projection else held[first]
+            held[projection] = ExpertAdapter(experts.get_parameter(projection), spec, owner)
+    experts.lora = nn.ModuleDict(held) if held else None
 
 
 def hold_in_nf4(model: nn.Module, tiles: Mapping[str, Tile], dtype: torch.dtype, double: bool) -> None:

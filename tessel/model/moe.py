@@ -118,6 +118,8 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(num_experts, inner, hidden))
         self.up_proj = nn.Parameter(torch.empty(num_experts, inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
+        # Beside these, by their names; see `model/lora.py`.
+        self.lora: nn.ModuleDict | None = None
         self.exchange: Exchange | None = None
         self.recompute_activation = False
 
@@ -146,15 +148,22 @@ class Experts(nn.Module):
 
     def compute(self, rows_NE: Tensor, counts_X: Tensor) -> Tensor:
         """Rows sorted by expert through their experts, those that this module holds."""
-        gate_NF = grouped_linear(rows_NE, self.gate_proj, counts_X)
-        up_NF = grouped_linear(rows_NE, self.up_proj, counts_X)
+        gate_NF = self._product(rows_NE, "gate_proj", counts_X)
+        up_NF = self._product(rows_NE, "up_proj", counts_X)
 
         def down(inner_NF: Tensor) -> Tensor:
-            return grouped_linear(inner_NF, self.down_proj, counts_X)
+            return self._product(inner_NF, "down_proj", counts_X)
 
         if self.recompute_activation:
             return forgetting(gated, (gate_NF, up_NF), down)
         return down(gated(gate_NF, up_NF))
+
+    def _product(self, rows_NI: Tensor, name: str, counts_X: Tensor) -> Tensor:
+        y_NO = grouped_linear(rows_NI, self.get_parameter(name), counts_X)
+        if self.lora is None or name not in self.lora:
+            return y_NO
+        adapted_NO: Tensor = self.lora[name](rows_NI, y_NO, counts_X)
+        return adapted_NO
 
 
 class MixtureOfExperts(nn.Module):

@@ -55,8 +55,9 @@ def parallelize(
     """This process's part of the model, one module for each of its pipeline stages.
 
     `build` makes a whole model on the meta device; `load` fills the parts in with weights once they are shared
-    out, so that no process ever holds more than it keeps. `hold` changes how a part holds what is its own. One process alone has no `groups`, and the whole
-    model. Without `sharding`, parameters stay plain tensors: one copy in fp32 needs none.
+    out, so that no process ever holds more than it keeps. `hold` changes how a part holds what is its own. One
+    process alone has no `groups`, and the whole model. Without `sharding`, parameters stay plain tensors: one copy in
+    fp32 needs none.
     """
     parts = [build()] if groups is None else _own_parts(build, config, groups, stages, layout)
     for part in parts:

@@ -25,6 +25,7 @@ class PartialSums:
         tp            tensor-parallel ranks: each saw its own heads
         sequence      the same ranks, under sequence parallelism: each saw its own tokens
         kv_replicas   those of them that hold a copy of the same key/value heads
+        etp           ranks that hold other features of the same experts
         tied_stages   the first and the last stage, of a tied embedding
 
     Bytes: an all-reduce of norms, biases and the like; with tied stages, one of this stage's part of the embedding.
@@ -64,6 +65,8 @@ def _groups_of(rule: ParamRule, groups: Groups, sequence_parallel: bool) -> Iter
         yield groups.tp
     if groups.kv_copies is not None and "kv_replicas" in axes:
         yield groups.kv_copies
+    if groups.etp is not None and "etp" in axes:
+        yield groups.etp
     if groups.tied is not None and "tied_stages" in axes:
         yield groups.tied
 

@@ -56,6 +56,12 @@ def adapting(cfg: RunConfig, source: Source, config: ModelConfig) -> Adapting | 
         return None
     stored = None if cfg.lora.lora_load is None else open_adapter(cfg.lora.lora_load, config)
     spec = _spec(cfg.lora, stored)
+    adapts_experts = spec.experts and bool({"gate_proj", "up_proj", "down_proj"} & set(spec.targets))
+    if spec.dora and config.num_experts and adapts_experts:
+        raise UsageError(
+            "--use-dora is not for experts: name other projections with --lora-target-modules, such as linear_qkv "
+            "linear_proj."
+        )
     base = source
     if source.kind is Kind.RESUME:
         base = find_source(replace(cfg.checkpoint, no_resume=True, ckpt_step=None), cfg.model)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tessel.config.dpo import Preference
 from tessel.data.loader import MicroBatch
-from tessel.model.lora import Adapter
+from tessel.model.lora import Adapter, ExpertAdapter
 from tessel.model.transformer import Transformer
 from tessel.parallel.apply import release_gathered
 from tessel.parallel.peers import Peers
@@ -165,7 +165,7 @@ def _losses(options: Preference, difference: Tensor) -> Tensor:
 @contextmanager
 def without_adapters(parts: Sequence[Transformer]) -> Iterator[None]:
     """The model as it was before its adapters."""
-    found = [module for part in parts for module in part.modules() if isinstance(module, Adapter)]
+    found = [module for part in parts for module in part.modules() if isinstance(module, Adapter | ExpertAdapter)]
     for adapter in found:
         adapter.is_off = True
     try:
