@@ -95,9 +95,11 @@ def tessel_side(folder: str, device: str, dtype: str) -> Callable[[Work], list[l
 
     from tessel.generate.batcher import Batcher
     from tessel.generate.engine import load_model
+    from tessel.generate.packed import pack_weights
     from tessel.generate.request import Request
 
     model, _ = load_model(folder, device, getattr(torch, dtype))
+    pack_weights(model)
 
     class NoText:
         def decode(self, ids: Any) -> str:

@@ -26,6 +26,7 @@ from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.generate.batcher import Model
 from tessel.generate.engine import ModelSource, find_model, load_model, stop_ids, suit_few_rows
+from tessel.generate.packed import pack_weights
 from tessel.generate.parts import PartModel
 from tessel.layout.adapters import groups_of, is_adapter
 from tessel.layout.asked import stages_asked
@@ -105,6 +106,8 @@ def open_for_use(
         dtype = dtype_of(loading)
         kernels = choose(device, dtype, head_dim=found.config.head_dim)
         model = processes.together(lambda: _load(found, loading, device, dtype, kernels))
+        assert isinstance(model, torch.nn.Module)
+        pack_weights(model)
         ends = stop_ids(found.source.folder, found.config)
         if not ends and found.tokenizer.eod is not None:
             ends = frozenset({found.tokenizer.eod})

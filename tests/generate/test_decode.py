@@ -12,12 +12,17 @@ import torch
 
 from tessel.checkpoint.fill import fill_model
 from tessel.checkpoint.huggingface import read_tensors
+from tessel.config.tokenizer import Tokenizer
+from tessel.config.verbs import Loading
 from tessel.generate import engine
 from tessel.generate.batcher import Batcher
 from tessel.generate.cache import KeyValueCache
 from tessel.generate.engine import generate_tokens, load_model, suit_few_rows
+from tessel.generate.load import open_for_use
+from tessel.generate.packed import PackedLinear, pack_weights
 from tessel.generate.request import Request
 from tessel.generate.sampling import GREEDY, Sampling
+from tessel.model.layers import Linear
 from tessel.model.transformer import Transformer
 
 MakeFolder = Callable[..., Path]
@@ -34,7 +39,7 @@ def test_weights_by_columns_give_the_same_tokens(
     folder = tiny_hf_folder(family, tie_word_embeddings=tied)
     arranged, _ = load_model(folder)
     assert is_by_columns(arranged.head_weight) and is_by_columns(arranged.model.embed_tokens.weight)
-    assert arranged.layers["0"].mlp.down_proj.weight.is_contiguous(), "fewer rows than columns"
+    assert all(parameter.is_contiguous() for parameter in arranged.layers.parameters())
     monkeypatch.setattr(engine, "suit_few_rows", lambda *_: None)
     plain, _ = load_model(folder)
     assert all(parameter.is_contiguous() for parameter in plain.parameters())
@@ -44,6 +49,41 @@ def test_weights_by_columns_give_the_same_tokens(
         list(generate_tokens(model, [5, 300, 17], max_new_tokens=30, sampling=GREEDY)) for model in (arranged, plain)
     ]
     assert tokens[0] == tokens[1]
+
+
+def linears(model: torch.nn.Module) -> dict[str, Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mixtral", "qwen2_moe"])
+def test_weights_in_blocks_give_the_same_tokens(family: str, tiny_hf_folder: MakeFolder) -> None:
+    folder = tiny_hf_folder(family)
+    plain, _ = load_model(folder)
+    packed, _ = load_model(folder)
+    pack_weights(packed)
+    assert {name for name, linear in linears(packed).items() if type(linear) is Linear} == {"lm_head"}
+    for name, linear in linears(plain).items():
+        assert torch.equal(linears(packed)[name].dense_weight(), linear.weight), name
+    held = [sum(parameter.nbytes for parameter in model.parameters()) for model in (plain, packed)]
+    assert held[0] == held[1]
+    for prompt, number in (((5, 300, 17), 60), (range(100), 20), ((7,), 3)):
+        tokens = [
+            list(generate_tokens(model, tuple(prompt), max_new_tokens=number, sampling=GREEDY))
+            for model in (plain, packed)
+        ]
+        assert tokens[0] == tokens[1]
+    whole = [model(torch.arange(64)[None]) for model in (plain, packed)]
+    torch.testing.assert_close(whole[0], whole[1], rtol=0, atol=1e-5)
+
+
+def test_what_is_used_on_this_cpu_is_in_blocks(tiny_hf_folder: MakeFolder) -> None:
+    folder = str(tiny_hf_folder("qwen3"))
+    tokenizer = Tokenizer(tokenizer_type="NullTokenizer")
+    for bf16 in (False, True):
+        with open_for_use(Loading(load=folder, device="cpu", bf16=bf16), tokenizer) as opened:
+            assert isinstance(opened.model, torch.nn.Module)
+            kinds = {type(linear) for name, linear in linears(opened.model).items() if name != "lm_head"}
+            assert kinds == {Linear if bf16 else PackedLinear}
 
 
 def test_only_fp32_on_a_cpu_is_arranged(tiny_hf_folder: MakeFolder) -> None:
