@@ -70,7 +70,7 @@ class AlpacaConverter:
         if not self.as_mindspeed and not all(answers):
             return Dropped("the answer is empty")
         system = _text(values, names.system) if names.system is not None else ""
-        tools = _tools(values, names.tools)
+        tools = _tools(values, names.tools, self.as_mindspeed)
         return Example(tuple(prompt), tuple(Message(ASSISTANT, answer) for answer in answers), system, tools)
 
     def _history(self, values: Mapping[str, Any]) -> list[Message]:
@@ -161,7 +161,7 @@ class MessagesConverter:
         prompt, answers = (messages, answers) if self.pairwise else (messages[:-1], messages[-1:])
         if not self.as_mindspeed and not all(answer.content or answer.thought for answer in answers):
             return Dropped("the answer is empty")
-        return Example(tuple(prompt), tuple(answers), system, _tools(values, names.tools))
+        return Example(tuple(prompt), tuple(answers), system, _tools(values, names.tools, self.as_mindspeed))
 
     def _message(self, raw: Mapping[str, Any]) -> Message:
         tags = self.names.tags
@@ -231,9 +231,10 @@ def _said(message: Mapping[str, Any], key: str) -> str:
     return content
 
 
-def _tools(values: Mapping[str, Any], name: str | None) -> str:
+def _tools(values: Mapping[str, Any], name: str | None, as_mindspeed: bool) -> str:
+    """JSON of the tools. A text of an empty list is none, but MindSpeed-LLM writes an empty system text for it."""
     value = values.get(name) if name is not None else None
-    if not value:
+    if not value or (value == "[]" and not as_mindspeed):
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

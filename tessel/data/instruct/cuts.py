@@ -37,7 +37,7 @@ def cut_turns(
     """
     modern = template.kind in (MODERN, REASONING)
     assert options.max_tokens is not None
-    budget = options.max_tokens - (1 if modern and template.efficient_eos else 0)
+    budget = options.max_tokens - int(modern)
     share = shares_of if modern else share_proportionally
     ordered = list(reversed(turns)) if options.mask_history else list(turns)
     for first, middle, end in ordered:
@@ -49,6 +49,11 @@ def cut_turns(
         _shorten(lengths, first, middle, most_question)
         _shorten(lengths, middle, end, most_answer)
         budget -= int(lengths[first:end].sum())
+        if options.max_turn_tokens is not None:
+            kept = int(lengths[first:middle].sum()), int(lengths[middle:end].sum())
+            most_question, most_answer = shares_of(*kept, options.max_turn_tokens)
+            _shorten(lengths, first, middle, most_question)
+            _shorten(lengths, middle, end, most_answer)
     if before is not None:
         for (first, middle, _), (other, _, _) in zip(turns, before, strict=True):
             lengths[first:middle] = lengths[other : other + middle - first]

@@ -10,10 +10,14 @@ import numpy as np
 from tessel.data.encoding import Encoded, RowError
 from tessel.data.instruct.converters import Converter, Dropped
 from tessel.data.instruct.dialogue import Example, Message
+from tessel.data.instruct.render import SlotRenderer
 from tessel.data.instruct.rendering import Rendered, Renderer
 from tessel.data.instruct.vocabulary import Vocabulary
 from tessel.data.rows import BadRow, Row
 from tessel.errors import TesselError
+
+ANSWER_KEY = "labels"
+"""The additional key that stands for the answer's text, of no column."""
 
 
 class InstructionEncoder:
@@ -48,7 +52,8 @@ class InstructionEncoder:
     def columns(self) -> tuple[str, ...] | None:
         """The columns read."""
         columns = self._converter.columns
-        return None if columns is None else tuple(dict.fromkeys((*columns, *self._additional)))
+        added = [key for key in self._additional if key != ANSWER_KEY]
+        return None if columns is None else tuple(dict.fromkeys((*columns, *added)))
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -93,7 +98,7 @@ class InstructionEncoder:
             RowError: a row is not of the format, or cannot be written in the prompt type.
         """
         kept, examples = self.examples(rows)
-        return (*self._arrays(self._render_all(kept, examples)), *self._additional_arrays(kept))
+        return (*self._arrays(self._render_all(kept, examples)), *self._additional_arrays(kept, examples))
 
     def _render_all(self, rows: Sequence[Row], examples: Sequence[Example]) -> list[Rendered]:
         """All at once; where that fails, row by row, to say which."""
@@ -115,16 +120,22 @@ class InstructionEncoder:
         ids, labels = ids_and_labels(rendered)
         return ids, ids._replace(tokens=np.ones_like(ids.tokens)), labels
 
-    def _additional_arrays(self, rows: Sequence[Row]) -> list[Encoded]:
-        encoder = self._renderer.vocabulary.encoder
+    def _additional_arrays(self, rows: Sequence[Row], examples: Sequence[Example]) -> list[Encoded]:
         result = []
         for key in self._additional:
-            for row in rows:
-                if not isinstance(row.values.get(key), str):
-                    raise RowError(row.number, f"--dataset-additional-keys {key}: the row has no text of this name.")
-            tokens, lengths = encoder.encode_flat([row.values[key] for row in rows])
+            texts = [self._additional_text(key, *pair) for pair in zip(rows, examples, strict=True)]
+            tokens, lengths = self._renderer.vocabulary.encoder.encode_flat(texts)
             result.append(Encoded(tokens, lengths, np.ones(len(lengths), np.int32)))
         return result
+
+    def _additional_text(self, key: str, row: Row, example: Example) -> str:
+        """A column's text; under ANSWER_KEY, that of the answer."""
+        if key == ANSWER_KEY:
+            return example.answers[-1].content
+        text = row.values.get(key)
+        if not isinstance(text, str):
+            raise RowError(row.number, f"--dataset-additional-keys {key}: the row has no text of this name.")
+        return text
 
 
 class PreferenceEncoder(InstructionEncoder):
@@ -155,12 +166,33 @@ class PromptEncoder(InstructionEncoder):
         return super()._arrays(rendered)[:2]
 
 
+class MindSpeedQuestions(PromptEncoder):
+    """As MindSpeed-LLM's handler for PPO: the questions of a dialogue alone, joined. No other columns."""
+
+    with_answers = False
+
+    def render(self, examples: Sequence[Example]) -> list[Rendered]:
+        """What is asked in each dialogue, cut as the whole dialogue is."""
+        assert isinstance(self._renderer, SlotRenderer), "what MindSpeed-LLM has is templates of slots"
+        dialogues = [example.dialogue() for example in examples]
+        return [Rendered(ids, ids) for ids in self._renderer.asked(dialogues, self.with_answers)]
+
+
+class MindSpeedPrompts(MindSpeedQuestions):
+    """As its handlers for R1: everything up to the last answer, whose text is the additional key `labels`."""
+
+    with_answers = True
+
+
 ENCODERS: Mapping[str, Any] = {
     "samples": InstructionEncoder,
     "preferences": PreferenceEncoder,
     "prompts": PromptEncoder,
+    "questions": PromptEncoder,
 }
 """Encoders by what they write."""
+MINDSPEED_ENCODERS: Mapping[str, Any] = {**ENCODERS, "prompts": MindSpeedPrompts, "questions": MindSpeedQuestions}
+"""The same by MindSpeed-LLM's rules."""
 
 
 def ids_and_labels(rendered: Sequence[Rendered]) -> tuple[Encoded, Encoded]:

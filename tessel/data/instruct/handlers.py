@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tessel.config.nearest import nearest
@@ -11,11 +11,11 @@ from tessel.config.preprocess_rules import PRETRAIN_HANDLERS
 from tessel.data.encoding import RowEncoder
 from tessel.data.instruct.converters import AlpacaConverter, Converter, MessagesConverter
 from tessel.data.instruct.detect import with_handler
-from tessel.data.instruct.encoder import ENCODERS, InstructionEncoder
+from tessel.data.instruct.encoder import ENCODERS, MINDSPEED_ENCODERS, InstructionEncoder
 from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns, alpaca_columns, message_columns
 from tessel.data.instruct.plain import PLAIN_PROMPTS, PlainPromptEncoder
-from tessel.data.instruct.render import renderer_for
-from tessel.data.instruct.rendering import NO_LIMIT, RenderOptions
+from tessel.data.instruct.render import SlotRenderer, renderer_for
+from tessel.data.instruct.rendering import NO_LIMIT, NO_PAIR_LIMIT, RenderOptions
 from tessel.data.instruct.vocabulary import plain_vocabulary
 from tessel.data.tokenizer import Tokenizer
 from tessel.errors import UsageError
@@ -39,7 +39,7 @@ _TEMPLATED = {
     "OpenAIInstructionHandler": _Kind("openai"),
     "AlpacaStylePairwiseHandler": _Kind("alpaca", "preferences", is_proved=True),
     "SharegptStylePairwiseHandler": _Kind("sharegpt", "preferences"),
-    "PPOAlpacaStyleInstructionHandler": _Kind("alpaca", "prompts"),
+    "PPOAlpacaStyleInstructionHandler": _Kind("alpaca", "questions"),
     "R1AlpacaStyleInstructionHandler": _Kind("alpaca", "prompts"),
     "R1SharegptStyleInstructionHandler": _Kind("sharegpt", "prompts"),
 }
@@ -112,9 +112,18 @@ def _kind(name: str) -> _Kind:
 
 
 def _templated(cfg: PreprocessConfig, tokenizer: Tokenizer, converter: Converter, writes: str) -> RowEncoder:
-    renderer = renderer_for(tokenizer, cfg.prompt_type, cfg.prompt_type_path, render_options(cfg))
-    encoder: Callable[..., InstructionEncoder] = ENCODERS[writes]
-    return encoder(converter, renderer, cfg.dataset_additional_keys, cfg.compatible == "mindspeed")
+    if cfg.pack and writes != "samples":
+        raise UsageError(f"--pack joins dialogues; --handler-name {cfg.handler_name} writes {writes}. Leave it out.")
+    as_mindspeed = cfg.compatible == "mindspeed"
+    options, additional = render_options(cfg), cfg.dataset_additional_keys
+    if as_mindspeed and writes == "preferences":
+        options = replace(options, max_tokens=NO_PAIR_LIMIT, append_eod=False)
+    if as_mindspeed and writes != "prompts":
+        additional = ()
+    renderer = renderer_for(tokenizer, cfg.prompt_type, cfg.prompt_type_path, options, as_mindspeed)
+    by_slots = as_mindspeed and isinstance(renderer, SlotRenderer)
+    encoder: Callable[..., InstructionEncoder] = (MINDSPEED_ENCODERS if by_slots else ENCODERS)[writes]
+    return encoder(converter, renderer, additional, as_mindspeed)
 
 
 def render_options(cfg: PreprocessConfig) -> RenderOptions:
@@ -129,14 +138,17 @@ def render_options(cfg: PreprocessConfig) -> RenderOptions:
         raise UsageError(
             f"--reasoning-effort {cfg.reasoning_effort}: only chat templates (--prompt-type hf) know efforts."
         )
+    as_mindspeed = cfg.compatible == "mindspeed"
     return RenderOptions(
         max_tokens=_most_tokens(cfg),
+        max_turn_tokens=cfg.seq_length - 1 if as_mindspeed and cfg.neat_pack and cfg.seq_length else None,
         append_eod=cfg.append_eod,
         train_on_prompt=cfg.train_on_prompt,
         mask_history=cfg.mask_history,
         # No prompt type of MindSpeed-LLM that is known here heeds it.
-        drop_thinking=cfg.drop_thinking == "true" and cfg.compatible != "mindspeed",
+        drop_thinking=cfg.drop_thinking == "true" and not as_mindspeed,
         thinking={"true": True, "false": False}.get(cfg.enable_thinking),
+        exact_thoughts=as_mindspeed,
         effort=cfg.reasoning_effort,
     )
 

@@ -63,6 +63,24 @@ class SlotRenderer:
             sheet.end([])
         return [rendered.ids for rendered in sheet.render(self.vocabulary, self.template, RenderOptions())]
 
+    def asked(self, dialogues: Sequence[Dialogue], with_answers: bool) -> list[np.ndarray]:
+        """i32 ids of what is asked in whole dialogues, cut as these are, by MindSpeed-LLM's rules of prompts.
+
+        All questions, joined; `with_answers`, with the answers between them.
+        """
+        sheet = _Sheet()
+        for dialogue in dialogues:
+            sheet.begin()
+            for question, answer in self._turns(dialogue):
+                sheet.add_turn(question, answer)
+            sheet.end([])
+        result = []
+        for ids, labels in sheet.render(self.vocabulary, self.template, self.options):
+            of_question = labels == IGNORED
+            end = int(np.flatnonzero(of_question)[-1]) + 1 if of_question.any() else 0
+            result.append(ids[:end] if with_answers else ids[of_question])
+        return result
+
     def _turns(self, dialogue: Dialogue) -> list[tuple[list[Piece], list[Piece]]]:
         """Question and answer of each turn; thoughts by LLaMA-Factory's ReasoningTemplate."""
         check_turns(dialogue)
@@ -75,7 +93,7 @@ class SlotRenderer:
             dialogue = without_thoughts(dialogue, template, answers[:-1])
         pieces = self._layout.messages(dialogue)
         for i in answers if reasoning else ():
-            if not has_thought(dialogue.messages[i], template):
+            if not has_thought(dialogue.messages[i], template, self.options.exact_thoughts):
                 self._put_empty_thought(pieces, i)
         return [(pieces[i - 1], pieces[i]) for i in answers]
 
@@ -97,7 +115,7 @@ class SlotRenderer:
             gone = answers if self.options.thinking is False else answers[:-1]
             dialogue = without_thoughts(dialogue, template, gone)
         pieces = self._layout.messages(dialogue)
-        if reasoning and not has_thought(dialogue.messages[-1], template):
+        if reasoning and not has_thought(dialogue.messages[-1], template, self.options.exact_thoughts):
             self._put_empty_thought(pieces, answers[-1])
         return [(pieces[i - 1], pieces[i]) for i in answers]
 
@@ -111,11 +129,8 @@ class SlotRenderer:
         options, template = self.options, self.template
         sheet.begin(follows)
         for i, (question, answer) in enumerate(turns):
-            first = sheet.num_segments
-            sheet.add(question, trained=options.train_on_prompt)
-            middle = sheet.num_segments
-            sheet.add(answer, trained=not mask_history or i == len(turns) - 1)
-            sheet.turn(first, middle)
+            trains_answer = not mask_history or i == len(turns) - 1
+            first, middle = sheet.add_turn(question, answer, options.train_on_prompt, trains_answer)
             if template.efficient_eos and i and not options.train_on_prompt and not mask_history:
                 sheet.train_as_eos(first, middle)
         end: list[Piece] = []
@@ -141,11 +156,6 @@ class _Sheet:
         self._starts: list[int] = []
         self._follows: list[bool] = []
 
-    @property
-    def num_segments(self) -> int:
-        """Segments so far."""
-        return len(self._keys)
-
     def begin(self, follows: bool = False) -> None:
         """Begin a dialogue; if it `follows`, its prompt is cut as that of the one before."""
         self._starts.append(len(self._keys))
@@ -159,9 +169,20 @@ class _Sheet:
             self._keys.append(index.setdefault(piece, len(index)))
             self._trained.append(trained)
 
-    def turn(self, first: int, middle: int) -> None:
-        """What was added since segment `first` is a turn, whose answer begins at `middle`."""
+    def add_turn(
+        self,
+        question: Sequence[Piece],
+        answer: Sequence[Piece],
+        trains_question: bool = False,
+        trains_answer: bool = True,
+    ) -> tuple[int, int]:
+        """Add a turn; its first segment and the first of its answer."""
+        first = len(self._keys)
+        self.add(question, trains_question)
+        middle = len(self._keys)
+        self.add(answer, trains_answer)
         self._turns[-1].append((first, middle, len(self._keys)))
+        return first, middle
 
     def train_as_eos(self, first: int, end: int) -> None:
         """The first token of these segments is trained to be the end of sequence."""
@@ -215,7 +236,11 @@ class _Sheet:
 
 
 def renderer_for(
-    tokenizer: Tokenizer, prompt_type: str | None, path: str | None = None, options: RenderOptions | None = None
+    tokenizer: Tokenizer,
+    prompt_type: str | None,
+    path: str | None = None,
+    options: RenderOptions | None = None,
+    as_mindspeed: bool = False,
 ) -> Renderer:
     """The renderer of --prompt-type: a template, or `hf`, the tokenizer's own chat template.
 
@@ -225,7 +250,7 @@ def renderer_for(
     options = options if options is not None else RenderOptions()
     if prompt_type == HF and path is None:
         return ChatRenderer(tokenizer, options)
-    template = find_template(prompt_type, path)
+    template = find_template(prompt_type, path, as_mindspeed)
     return SlotRenderer(template, vocabulary_for(tokenizer, template), options)
 
 

@@ -13,6 +13,8 @@ from tessel.data.instruct.vocabulary import Vocabulary
 
 NO_LIMIT = 100_000
 """Tokens at which MindSpeed-LLM cuts a dialogue without --seq-length."""
+NO_PAIR_LIMIT = 1_000_000
+"""Tokens at which it cuts preferences, with or without."""
 
 
 class Rendered(NamedTuple):
@@ -28,18 +30,22 @@ class RenderOptions:
 
     Attributes:
         max_tokens: turns are cut to fit; None leaves them whole.
+        max_turn_tokens: then each turn is cut to fit, once more.
         append_eod: end with the vocabulary's eod, trained.
         thinking: None leaves the answers as they are, False takes their thoughts out, True trains empty ones.
         drop_thinking: take the thoughts out of all answers but the last.
+        exact_thoughts: only thought words with the blanks around them are a thought.
         effort: of reasoning, for chat templates.
     """
 
     max_tokens: int | None = None
+    max_turn_tokens: int | None = None
     append_eod: bool = False
     train_on_prompt: bool = False
     mask_history: bool = False
     thinking: bool | None = None
     drop_thinking: bool = False
+    exact_thoughts: bool = False
     effort: str | None = None
 
 

@@ -52,7 +52,8 @@ class Layout:
         content = message.content
         if i == 0:
             pieces += self._slots["prefix"].fill()
-            if system := self._system_text(dialogue):
+            system = self._system_text(dialogue)
+            if system or dialogue.tools:
                 if template.kind == LLAMA2:
                     content = _joined(self._slots["system"].fill(content=system)) + content
                 else:
@@ -143,11 +144,11 @@ def without_thoughts(dialogue: Dialogue, template: Template, answers: Sequence[i
     return dialogue._replace(messages=tuple(messages))
 
 
-def has_thought(message: Message, template: Template) -> bool:
-    """Whether an answer holds one of the thought words."""
+def has_thought(message: Message, template: Template, exactly: bool = False) -> bool:
+    """Whether an answer holds one of the thought words; `exactly`, with the blanks around it."""
     if message.thought:
         return True
-    return any(word.strip() in message.content for word in template.thought_words)
+    return any((word if exactly else word.strip()) in message.content for word in template.thought_words)
 
 
 def check_turns(dialogue: Dialogue, asks: bool = False) -> None:

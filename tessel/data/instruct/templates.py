@@ -37,7 +37,7 @@ _FIELDS = {
     "user": ("content", "idx"),
     "assistant": ("content",),
     "function": ("content", "name", "arguments"),
-    "observation": ("content",),
+    "observation": ("content", "idx"),
     "separator": (),
     "prefix": (),
 }
@@ -65,7 +65,8 @@ class Template:
 
     Attributes:
         kind: one of KINDS.
-        system, user, assistant, function, observation: slots of what a role says.
+        system, user, assistant, function, observation: slots of what a role says; what a function gives is
+            written as a question where nothing else is said.
         separator: slots before each question but the first; classic and llama2 alone.
         prefix: slots at the very beginning.
         tools: a name in `tools.TOOL_FORMATS`.
@@ -117,7 +118,18 @@ def _catalog() -> dict[str, Any]:
     return catalog
 
 
-def find_template(name: str | None, path: str | None = None) -> Template:
+@functools.cache
+def mindspeed_templates() -> dict[str, Template]:
+    """The same as MindSpeed-LLM has them, where its catalogue means something else by a name."""
+    known = known_templates()
+    differing = {
+        name: _template(name, {**entry, "base": name}, f"the prompt type {name}", known)
+        for name, entry in _catalog()["mindspeed"].items()
+    }
+    return known | differing
+
+
+def find_template(name: str | None, path: str | None = None, as_mindspeed: bool = False) -> Template:
     """The template of --prompt-type, or the one in the file of --prompt-type-path.
 
     Raises:
@@ -131,7 +143,7 @@ def find_template(name: str | None, path: str | None = None) -> Template:
             "Dialogues need a template: give --prompt-type, such as qwen, or hf for the tokenizer's own "
             "(`tessel templates` lists all)."
         )
-    known = known_templates()
+    known = mindspeed_templates() if as_mindspeed else known_templates()
     if name in known:
         return known[name]
     if name in (unknown := unknown_templates()):
@@ -192,6 +204,8 @@ def _template(name: Any, entry: Any, where: str, bases: Mapping[str, Template]) 
         unsaid = [role for role in ("assistant", "function") if role not in values]
         shorter: dict[str, Any] = {role: tuple(s for s in getattr(template, role) if s != EOS) for role in unsaid}
         template = replace(template, **shorter)
+    if "observation" not in values and base_name is None:
+        template = replace(template, observation=template.user)
     if template.replace_eos and not template.stop_words:
         raise TesselError(f"{where}: replace_eos makes the first of stop_words the end of sequence, and there is none.")
     if template.kind == LLAMA2 and not isinstance(template.system[0] if template.system else None, str):

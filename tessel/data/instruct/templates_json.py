@@ -16,6 +16,8 @@ _KINDS = {
     "Llama2Template": "llama2",
 }
 _SPECIALS = {"bos_token": "bos", "eos_token": "eos"}
+# Formats of tools of which MindSpeed-LLM's own formatter tells the model nothing.
+_UNTOLD = ("glm4", "glm4_moe")
 _ROLES = ("user", "assistant", "system", "function", "observation", "separator", "prefix")
 _SAME = ("default_system", "stop_words", "efficient_eos", "replace_eos", "thought_words")
 
@@ -95,4 +97,4 @@ def _tool_format(value: Any, where: str) -> str:
         name = "".join(name)
     if not isinstance(name, str):
         raise TesselError(f"{where}: format_tools is {shown(value)}; it must name a format of tools.")
-    return name
+    return "none" if name in _UNTOLD else name

@@ -115,7 +115,12 @@ def _write_qwen(calls: Sequence[Call]) -> str:
     return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in written)
 
 
+def _announce_nothing(functions: Sequence[Mapping[str, Any]]) -> str:
+    return ""
+
+
 TOOL_FORMATS = {
     "default": ToolFormat(_announce_default, _write_default),
+    "none": ToolFormat(_announce_nothing, _write_default),
     "qwen": ToolFormat(_announce_qwen, _write_qwen),
 }

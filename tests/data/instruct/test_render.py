@@ -271,7 +271,7 @@ def plainly(template: Template, vocabulary: Vocabulary, dialogue: Dialogue, most
             ids += encode(template.separator)
         encoded.append(ids + encode(getattr(template, message.role), message.content))
     ids, labels = [], []
-    total = 1 if modern and template.efficient_eos else 0
+    total = int(modern)
     for question, answer in zip(encoded[::2], encoded[1::2], strict=True):
         if total >= most:
             break
