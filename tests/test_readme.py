@@ -21,10 +21,21 @@ SMALL = {
     "generate": "--max-new-tokens 4 --device cpu",
     "preprocess": "--workers 1",
     "plan": "--seq-length 32 --global-batch-size 8",
+    "evaluate": "--limit 2 --num-fewshot 1 --device cpu",
 }
+TUNED = (
+    "--seq-length 128 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --data-cache-path cache --device cpu"
+)
+SMALL |= {"sft": TUNED, "dpo": TUNED}
 SMALL_SHAPE = (
     "--num-layers 1 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 "
     "--max-position-embeddings 64 --lr-wsd-decay-iters 2"
+)
+
+CHAT_TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -48,6 +59,10 @@ def small(words: list[str]) -> list[str]:
         more += ["--exit-interval", "2"]
     if "--expert-model-parallel-size" in flags:
         more += "--nproc-per-node 2 --expert-model-parallel-size 2".split()
+    if "--epochs" in flags:
+        flags = [flag for flag in flags if flag not in ("--epochs", "3")]
+    if "--preview" in flags:
+        more = []
     if "--lr-warmup-fraction" in flags:
         more = [word for word in more if word != "--lr-warmup-iters"]
         more.remove("0")
@@ -87,12 +102,14 @@ def test_every_command_runs_as_it_stands(
     tiny_hf_folder: Callable[..., Path],
     tiny_tokenizer_folder: Path,
 ) -> None:
-    tiny_hf_folder("qwen2", tokenizer=tiny_tokenizer_folder).rename(tmp_path / "Qwen2.5-0.5B")
+    tokenizer = chat_tokenizer(tiny_tokenizer_folder, tmp_path / "tokenizer")
+    tiny_hf_folder("qwen2", tokenizer=tokenizer, vocab_size=309).rename(tmp_path / "Qwen2.5-0.5B")
     experts = tiny_hf_folder("qwen3_moe", tokenizer=tiny_tokenizer_folder, num_experts=4)
     experts.rename(tmp_path / "Qwen3-30B-A3B")
     documents = [f"Document {number} holds {number * number} words, and some more of them." for number in range(200)]
     (tmp_path / "corpus.txt").write_text("\n".join(documents))
     (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    write_dialogues(tmp_path)
     (tmp_path / "run.yaml").write_text(blocks("README.md", "yaml")[0])
     monkeypatch.chdir(tmp_path)
     found = commands("README.md")
@@ -107,12 +124,50 @@ def test_every_command_runs_as_it_stands(
         "plan",
         "convert",
         "verify",
+        "sft",
+        "dpo",
+        "merge",
+        "templates",
+        "evaluate",
     }
     for words in found:
         assert words[0] == "tessel"
         status = main(small(words))
         out, err = capsys.readouterr()
         assert status == 0, f"{shlex.join(words)}\n{out}\n{err}"
-    for name in ("first", "mixed", "scratch", "second", "two", "from-mcore", "mixture"):
+    for name in ("first", "mixed", "scratch", "second", "two", "from-mcore", "mixture", "tuned", "preferred"):
         assert (tmp_path / "runs" / name / "hf" / "model.safetensors").is_file()
     assert (tmp_path / "loss.png").stat().st_size > 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "scores" / "mmlu" / "results.json").is_file()
+
+
+def chat_tokenizer(plain: Path, folder: Path) -> Path:
+    """The tokenizer in `plain` with ChatML's template and tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_dialogues(folder: Path) -> None:
+    """Questions with an answer, with a good and a bad one, and with four to choose from, where the README has them."""
+    numbers = range(12)
+    answers = [{"instruction": f"How much is {n} and 1?", "input": "", "output": f"It is {n + 1}."} for n in numbers]
+    (folder / "dialogues.json").write_text(json.dumps(answers))
+    pairs = [
+        {
+            "conversations": [{"from": "human", "value": f"How much is {n} and 1?"}],
+            "chosen": {"from": "gpt", "value": f"It is {n + 1}."},
+            "rejected": {"from": "gpt", "value": "Who knows?"},
+        }
+        for n in numbers
+    ]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    for part, number in (("test", 3), ("dev", 2)):
+        (folder / "mmlu" / part).mkdir(parents=True)
+        rows = [f"How much is {n} and 1?,{n},{n + 1},{n + 2},{n + 3},B" for n in range(number)]
+        (folder / "mmlu" / part / f"astronomy_{part}.csv").write_text("\n".join(rows))

@@ -54,7 +54,9 @@ class Source:
 class Target:
     """What is written."""
 
-    output_prefix: str = option(REQUIRED, "where to write: PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
+    output_prefix: str = option(
+        "", "where to write: PREFIX_KEY_document.bin and .idx; needed but for --preview", metavar="PREFIX"
+    )
     compatible: str | None = option(None, "write the bytes of that tool where they differ", choices=TOOLS)
     append_eod: bool = option(False, "end each document with the end-of-document token")
     seq_length: int | None = option(None, "most tokens of an instruction sample, or the size of a pack")

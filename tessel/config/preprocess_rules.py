@@ -98,6 +98,8 @@ def _check_ranges(cfg: PreprocessConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
+    if not cfg.output_prefix and cfg.preview is None:
+        raise UsageError("tessel preprocess needs --output-prefix, where to write; see tessel preprocess --help.")
     if cfg.extra_vocab_size < 0:
         raise UsageError(f"--extra-vocab-size {cfg.extra_vocab_size}: it must not be negative.")
     if not 0 <= cfg.seed < 2**32:
