@@ -223,7 +223,10 @@ class Batcher:
         """A slot, with what is cached of the prompt's beginning; its last token is computed in any case."""
         best, source = 0, None
         others = [(text.slot, text.ids[: self._cache.length(text.slot)]) for text in self._running.values()]
+        head = prompt[:_SHORTEST_PREFIX_TOKENS].tobytes()
         for slot, ids in [*others, *((kept.slot, kept.ids) for kept in self._kept)]:
+            if ids[:_SHORTEST_PREFIX_TOKENS].tobytes() != head:
+                continue
             common = min(_common_length(prompt, ids), len(prompt) - 1)
             if common > best:
                 best, source = common, slot
@@ -238,6 +241,7 @@ class Batcher:
         if not 0 < length <= self._kept_tokens:
             self._cache.close(text.slot)
             return
+        self._cache.park(text.slot)
         self._kept.append(_Kept(text.slot, text.ids[:length].copy()))
         while sum(len(kept.ids) for kept in self._kept) > self._kept_tokens:
             self._cache.close(self._kept.pop(0).slot)

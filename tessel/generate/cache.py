@@ -140,6 +140,7 @@ class KeyValueCache:
 
     def __init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}
+        self._parked: dict[int, _Bucket] = {}
         self._texts: dict[int, _Text] = {}
         self._next = 0
         self._staged: list[tuple[int, int]] = []
@@ -167,6 +168,15 @@ class KeyValueCache:
         new = self.open(max(num_tokens, room_tokens))
         self._copy(source, self._texts[new], num_tokens)
         return new
+
+    def park(self, slot: int) -> None:
+        """Put a slot that is kept to be forked out of the way: of those that run, neighbours attend together."""
+        text = self._texts[slot]
+        held = _Text(text.bucket, text.row, text.num_tokens)
+        text.bucket = self._bucket_for(text.num_tokens, self._parked)
+        text.row = text.bucket.take()
+        self._copy(held, text, held.num_tokens)
+        held.bucket.free.append(held.row)
 
     def reorder(self, slots: Sequence[int], sources: Sequence[int]) -> None:
         """Give `slots[i]` what `sources[i]`, one of the slots, held before: of beams, those that go on.
@@ -197,13 +207,14 @@ class KeyValueCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers, the unused part included."""
-        return sum(bucket.num_bytes for bucket in self._buckets.values())
+        return sum(bucket.num_bytes for bucket in (*self._buckets.values(), *self._parked.values()))
 
-    def _bucket_for(self, num_tokens: int) -> _Bucket:
+    def _bucket_for(self, num_tokens: int, buckets: dict[int, _Bucket] | None = None) -> _Bucket:
+        buckets = self._buckets if buckets is None else buckets
         length = _SHORTEST_TOKENS
         while length < num_tokens:
             length *= 2
-        return self._buckets.setdefault(length, _Bucket(length))
+        return buckets.setdefault(length, _Bucket(length))
 
     @torch.inference_mode()
     def _copy(self, source: _Text, target: _Text, num_tokens: int) -> None:

@@ -1,13 +1,16 @@
 """The one thread that runs the model, and how the server's event loop talks to it.
 
 The loop hands over requests and cancellations in a queue; the thread takes what is there between two steps, and gives
-all events of a step back at once. Everything but `_work` and what it calls runs on the loop.
+the events of steps back together: where steps are short, those of a few, which nobody can tell from one after another,
+since each write to a connection costs as much as some tokens of a small model. Everything but `_work` and what it calls
+runs on the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -15,6 +18,8 @@ from queue import SimpleQueue
 from tessel.generate.batcher import Batcher
 from tessel.generate.request import Event, Request
 from tessel.serve.errors import ApiError
+
+_HAND_OUT_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,8 @@ class Worker:
     def _work(self) -> None:
         keys: dict[int, int] = {}
         numbers: dict[int, int] = {}
+        events: list[tuple[int, Event]] = []
+        handed_s = time.monotonic()
         while True:
             for command in self._taken():
                 if command is None:
@@ -159,17 +166,22 @@ class Worker:
                     keys[number], numbers[command.key] = command.key, number
                 elif command.key in numbers:
                     self.batcher.cancel(numbers[command.key])
-            events = [(keys[event.request], event) for event in self.batcher.step()]
-            for key, event in events:
+            for event in self.batcher.step():
+                key = keys[event.request]
+                events.append((key, event))
                 if event.finish is not None:
                     del keys[event.request], numbers[key]
-            if events:
+            now_s = time.monotonic()
+            if events and (now_s - handed_s >= _HAND_OUT_S or self._is_idle()):
                 self._loop.call_soon_threadsafe(self._hand_out, events)
+                events, handed_s = [], now_s
 
     def _taken(self) -> list[_Command]:
         """The commands that are there; where there is nothing else to do, after the first has come."""
-        is_idle = not (self.batcher.num_running or self.batcher.num_waiting)
-        taken = [self._commands.get()] if is_idle else []
+        taken = [self._commands.get()] if self._is_idle() else []
         while not self._commands.empty():
             taken.append(self._commands.get())
         return taken
+
+    def _is_idle(self) -> bool:
+        return not (self.batcher.num_running or self.batcher.num_waiting)
