@@ -24,6 +24,7 @@ from tessel.config.preprocess import MergeConfig, PreprocessConfig, SplitConfig
 from tessel.config.preprocess_flags import PREPROCESSING
 from tessel.config.preprocess_rules import validate_merge, validate_preprocess, validate_split
 from tessel.config.run import RunConfig
+from tessel.config.selftest import SelftestConfig, validate_selftest
 from tessel.config.serve import ServeConfig, validate_serve
 from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
@@ -284,6 +285,16 @@ def doctor(argv: list[str]) -> None:
     target.doctor(cfg)
 
 
+def selftest(argv: list[str]) -> None:
+    """Test whether this machine computes what it should, and how fast."""
+    cfg = read(SelftestConfig, argv, "selftest", validate_selftest)
+    if cfg is None:
+        return
+    from tessel.selftest import command as target
+
+    raise SystemExit(target.selftest(cfg))
+
+
 def plan(argv: list[str]) -> None:
     """List the layouts of a model that fit on so many devices, with memory and speed."""
     cfg = read(verbs.PlanConfig, argv, "plan", validate_plan)
@@ -351,6 +362,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "merge": merge,
     "verify": verify,
     "doctor": doctor,
+    "selftest": selftest,
     "plan": plan,
     "plot": plot,
     "flags": flags,

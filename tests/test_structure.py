@@ -26,6 +26,7 @@ RANKS = {
     "evaluate": 6,
     "launch": 6,
     "report": 6,
+    "selftest": 6,
     "serve": 6,
     "train": 5,
     "generate": 5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from tessel.config.nearest import nearest
@@ -117,6 +118,21 @@ def known_model(name: str) -> ModelConfig:
             "path of a Hugging Face folder or of a config.json for any other."
         )
     return ModelConfig.from_hf(CATALOG[by_key[key]])
+
+
+def model_of(name: str) -> ModelConfig:
+    """The model of a folder, of a config.json, or of a known name.
+
+    Raises:
+        UsageError: it is none of them.
+        TesselError: config.json is damaged or of no supported model.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelConfig.from_folder(path)
+    if path.is_file():
+        return ModelConfig.from_folder(path.parent)
+    return known_model(name)
 
 
 def _key(name: str) -> str:

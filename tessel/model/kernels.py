@@ -6,6 +6,7 @@ torch's SDPA, with whatever it brings on the device; `flash` is FlashAttention 3
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tessel.errors import UsageError
 from tessel.model.attention import AttentionFn, Visibility, plain_attention, sdpa_attention
-from tessel.model.moe import MixtureOfExperts
+from tessel.model.layers import gated, rms_norm
+from tessel.model.moe import MixtureOfExperts, grouped_linear
+from tessel.model.rope import rotate
 from tessel.runtime.device import flash_attention_available
 
 
@@ -36,6 +39,15 @@ ATTENTION: dict[str, AttentionFn] = {
     "local": plain_attention,
     "fused": sdpa_attention,
     "flash": flash_attention,
+}
+# operation -> its rows. Norm: (x [..., E], weight [E], eps); rotary: `rope.rotate`; swiglu: (gate, up);
+# grouped: `moe.grouped_linear`.
+OPERATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "attention": ATTENTION,
+    "norm": {"torch": rms_norm},
+    "rotary": {"torch": rotate},
+    "swiglu": {"torch": gated},
+    "grouped": {"torch": grouped_linear},
 }
 _WORDS = {"unfused": "plain PyTorch", "local": "plain PyTorch", "fused": "torch SDPA", "flash": "FlashAttention"}
 
@@ -89,6 +101,17 @@ def _flash_runs(device: torch.device, dtype: torch.dtype, head_dim: int, dropout
     if dropout > 0:
         return False, f"it has no dropout, and --attention-dropout is {dropout}"
     return True, why
+
+
+def unavailable(row: str, device: torch.device) -> str | None:
+    """Why a row of `OPERATIONS` cannot run on this device; None where it can."""
+    if row != "flash":
+        return None
+    runs, why = flash_attention_available(device)
+    if runs:
+        torch.nn.attention.activate_flash_attention_impl(why)
+        return None
+    return why
 
 
 def compile_layers(layers: nn.ModuleDict) -> None:

@@ -75,7 +75,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of `RMSNorm`, by torch's own kernel."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 class MLP(nn.Module):

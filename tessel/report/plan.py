@@ -20,7 +20,7 @@ from tessel.layout.memory import MemoryModel
 from tessel.layout.rates import Rates, known_rates, likely_kind, rates_from
 from tessel.layout.search import Cluster, Findings, Found, Wanted, search
 from tessel.layout.sharding import parameters
-from tessel.model.catalog import known_model
+from tessel.model.catalog import model_of
 from tessel.model.config import ModelConfig
 from tessel.report.facts import count_text
 from tessel.report.plan_file import yaml_of
@@ -73,21 +73,6 @@ def plan(cfg: PlanConfig) -> None:
         print(line)
     if cfg.output is not None:
         _write(Path(cfg.output), yaml_of(best, cfg, config.num_experts > 0))
-
-
-def model_of(name: str) -> ModelConfig:
-    """The model of a folder, of a config.json, or of a known name.
-
-    Raises:
-        UsageError: it is none of them.
-        TesselError: config.json is damaged or of no supported model.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return ModelConfig.from_folder(path)
-    if path.is_file():
-        return ModelConfig.from_folder(path.parent)
-    return known_model(name)
 
 
 def _rates(cfg: PlanConfig, memory_gib: float) -> tuple[Rates, str]:

@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -61,6 +62,8 @@ _PEAK_FLOPS_32BIT = {
     "T4": 8.1e12,
 }
 _ACCELERATORS = ("cuda", "npu")
+KINDS = {"cpu": "CPU", "cuda": "NVIDIA GPU", "npu": "Ascend NPU"}
+"""The names of devices' types in reports."""
 _SAMPLE_INTERVAL_S = 0.05
 
 
@@ -128,12 +131,35 @@ def _with_index(device: torch.device, world: World | None) -> torch.device:
     return device
 
 
+def count(device: torch.device) -> int:
+    """Devices of this kind on this machine; a CPU is one."""
+    return 1 if device.type == "cpu" else torch.accelerator.device_count()
+
+
 def describe(device: torch.device) -> str:
     """The device in words: kind, model, and the memory or the threads it has."""
     if device.type == "cpu":
         return f"cpu ({_cpu_name()}, {torch.get_num_threads()} threads)"
     free, total = torch.accelerator.get_memory_info(device)
     return f"{device} ({_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+
+
+def name_and_versions(device: torch.device) -> tuple[str, dict[str, str]]:
+    """The device's model, and the versions of torch and of the vendor's software under it."""
+    versions = {"torch": str(torch.__version__)}
+    if device.type == "cpu":
+        return _cpu_name(), versions
+    if device.type == "cuda":
+        versions["CUDA"] = str(torch.version.cuda)
+        versions["driver"] = _nvidia_driver()
+    else:
+        versions["torch_npu"] = metadata.version("torch_npu")
+    return _name(device), versions
+
+
+def _nvidia_driver() -> str:
+    file = Path("/sys/module/nvidia/version")
+    return file.read_text().strip() if file.exists() else "unknown"
 
 
 def _name(device: torch.device) -> str:

@@ -65,6 +65,18 @@ def _showwarning_unheard(
     voice.keep(warnings.formatwarning(message, category, filename, lineno, line))
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """This process says nothing meanwhile, neither lines nor warnings nor progress."""
+    was_heard, voice.is_heard = voice.is_heard, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        voice.is_heard = was_heard
+
+
 def log(message: str) -> None:
     """Print one plain line on stdout at once, so that a log file can be followed.
 

@@ -1,0 +1,1 @@
+"""`tessel selftest`: whether this machine computes what it should, and how fast."""
