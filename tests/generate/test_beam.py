@@ -72,6 +72,14 @@ def test_beams_are_those_of_transformers(family: str, tiny_hf_folder: MakeFolder
             assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "mixtral", "qwen2_moe"])
+def test_beams_of_every_other_family(family: str, tiny_hf_folder: MakeFolder) -> None:
+    folder = tiny_hf_folder(family)
+    model, _ = load_model(folder)
+    ours = beam_search(model, PROMPT, BeamOptions(4), max_new_tokens=20)
+    assert_same(ours, of_transformers(folder, PROMPT, num_beams=4, max_new_tokens=20))
+
+
 def test_the_repetition_penalty_is_that_of_transformers(tiny_hf_folder: MakeFolder) -> None:
     folder = tiny_hf_folder("qwen2")
     model, _ = load_model(folder)
