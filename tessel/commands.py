@@ -333,6 +333,16 @@ def drop_in(argv: list[str]) -> None:
     run(argv, VERBS, note)
 
 
+def migrate(argv: list[str]) -> None:
+    """Print the command and the YAML that stand in place of another suite's shell script."""
+    cfg = read(verbs.MigrateConfig, argv, "migrate")
+    if cfg is None:
+        return
+    from tessel.drop_in import migrate as target
+
+    target.migrate(cfg)
+
+
 def demo(argv: list[str]) -> None:
     """Train a small model on real text from start to end, in about two minutes."""
     cfg = read(verbs.DemoConfig, argv, "demo")
@@ -367,6 +377,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "plot": plot,
     "flags": flags,
     "drop-in": drop_in,
+    "migrate": migrate,
     "demo": demo,
 }
 

@@ -115,6 +115,7 @@ SUITES_ACCEPTED: dict[str, str] = {
     "a kernel chooses its own layout": "--shape-order=1 --megatron-cp-in-bnsd",
     "PyTorch's own parallel engine has no such setting": "--hccl-group-buffer=1",
     "every checkpoint has a list of hashes of its files": "--md5-validate",
+    "it changes how fast adapters are, not what they compute": "--lora-fusion",
     "weights are held in fp32": "--rmsnorm-weight-in-fp32",
     "there is one model implementation": "--use-te",
     "config.json says how many rows there are": "--extra-vocab-size=1",

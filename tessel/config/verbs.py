@@ -276,6 +276,17 @@ class FlagsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MigrateConfig:
+    """What to migrate."""
+
+    script: str = option(REQUIRED, "shell script of another suite", positional=True, metavar="SCRIPT")
+    arguments: tuple[str, ...] = option((), "what the script is given", nargs="+", metavar="ARGUMENT")
+    suite: str | None = option(
+        None, "whose it is; found by what it calls if not given", choices=("mindspeed", "modellink", "pai")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Demo."""
 

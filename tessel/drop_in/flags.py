@@ -18,6 +18,7 @@ from tessel.config.convert import CONVERSION, ConvertConfig
 from tessel.config.evaluate import EvaluateConfig
 from tessel.config.generate_flags import GENERATION
 from tessel.config.megatron import MEGATRON, ForeignFlags
+from tessel.config.parser import parse
 from tessel.config.preprocess import PreprocessConfig
 from tessel.config.preprocess_flags import PREPROCESSING
 from tessel.config.run import RunConfig
@@ -28,7 +29,8 @@ from tessel.errors import UsageError
 
 SUITES = ("mindspeed", "modellink", "pai", "megatron")
 _ACCEPTED_HELP = "accepted: "
-_FROM_CONFIG = "it is of training: the model's shape is read from config.json"
+OF_TRAINING = "it is of training, and the model's shape is read from config.json"
+_USES_A_MODEL = ("convert", "generate", "chat", "evaluate")
 
 _READERS: dict[str, tuple[type, ForeignFlags]] = {
     "pretrain": (RunConfig, MEGATRON),
@@ -68,10 +70,12 @@ def judge(verb: str, flag: str, values: Sequence[str] = ()) -> Row:
     if rewrite is not None:
         kind = Kind.MEANINGLESS if rewrite.is_dropped and not rewrite.result(values) else Kind.ALIAS
         return Row(verb, name, kind, rewrite.meaning)
-    option = _fields(verb).get(name)
+    option = fields(verb).get(name)
     if option is not None:
         return _of_field(verb, name, option)
     foreign = _READERS[verb][1]
+    if verb in _USES_A_MODEL and name not in foreign.names() and _acts_in_training(name):
+        return Row(verb, name, Kind.MEANINGLESS, OF_TRAINING)
     refusal = foreign.refusal(name, values)
     if refusal is None and name in foreign.accepted:
         only = foreign.accepted[name].only
@@ -80,9 +84,13 @@ def judge(verb: str, flag: str, values: Sequence[str] = ()) -> Row:
     refusal = refusal or foreign.family_refusal(name)
     if refusal is not None:
         return Row(verb, name, Kind.REFUSED, _short(name, refusal))
-    if verb == "convert" and judge("pretrain", name).kind is not Kind.UNKNOWN:
-        return Row(verb, name, Kind.MEANINGLESS, _FROM_CONFIG)
-    return Row(verb, name, Kind.UNKNOWN, "")
+    in_training = judge("pretrain", name) if verb in _USES_A_MODEL else Row(verb, name, Kind.UNKNOWN, "")
+    return Row(verb, name, in_training.kind, in_training.text)
+
+
+def _acts_in_training(name: str) -> bool:
+    """Whether scripts that use a model may repeat this flag of the run that trained it."""
+    return judge("pretrain", name).kind in (Kind.SUPPORTED, Kind.ALIAS, Kind.MEANINGLESS)
 
 
 def _short(name: str, refusal: str) -> str:
@@ -101,8 +109,19 @@ def _of_field(verb: str, name: str, option: Option) -> Row:
 
 
 @cache
-def _fields(verb: str) -> Mapping[str, Option]:
+def fields(verb: str) -> Mapping[str, Option]:
+    """Every spelling of a verb's flags -> the field that it sets."""
     return {spelling: o for o in options(_READERS[verb][0]) for spelling in o.spellings}
+
+
+def refusal(verb: str, argv: Sequence[str]) -> str | None:
+    """Why a verb would not take a command line; None if it would."""
+    cls, foreign = _READERS[verb]
+    try:
+        parse(cls, argv, f"tessel {verb}", foreign)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 @cache

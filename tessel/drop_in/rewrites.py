@@ -81,6 +81,7 @@ _TRAINING: dict[str, Rewrite] = {
     **_rows("code from a model's folder is never run", "--trust-remote-code"),
 }
 _USE: dict[str, Rewrite] = {
+    "--inference-prompt-type": _renamed("--prompt-type"),
     **_rows("every process has the answers", "--broadcast"),
 }
 _EVALUATION: dict[str, Rewrite] = {

@@ -8,9 +8,9 @@ from pathlib import PurePath
 
 from tessel.config.nearest import nearest
 from tessel.drop_in import conversion, pai, training, use
-from tessel.drop_in.arguments import Arguments
+from tessel.drop_in.arguments import Arguments, Given
 from tessel.drop_in.commands import Command, Translation
-from tessel.drop_in.flags import Kind, judge
+from tessel.drop_in.flags import OF_TRAINING, Kind, judge
 from tessel.drop_in.rewrites import REWRITES
 from tessel.errors import UsageError
 
@@ -93,7 +93,13 @@ def translate(suite: str, program: str, argv: list[str]) -> Translation:
         near = nearest(name, PROGRAMS) or list(PROGRAMS)
         raise UsageError(f"tessel has nothing in place of {program}: it knows {', '.join(near)}.")
     translated = PROGRAMS[name](suite, Arguments.read(argv))
-    return Translation(tuple(_rewritten(command) for command in translated.commands), translated.remarks)
+    remarks = list(translated.remarks)
+    idle = sorted(
+        {given.flag for command in translated.commands for given in command.arguments.given if _idle(command, given)}
+    )
+    if idle:
+        remarks.append(f"without effect: {' '.join(idle)} ({OF_TRAINING})")
+    return Translation(tuple(_rewritten(command) for command in translated.commands), tuple(remarks))
 
 
 def tidy(command: Command) -> tuple[Command, list[Remark]]:
@@ -116,6 +122,11 @@ def _rewritten(command: Command) -> Command:
     for given in command.arguments.given:
         if given.flag in table:
             words += table[given.flag].result(given.values)
-        elif command.verb != "convert" or judge("convert", given.flag).kind is not Kind.MEANINGLESS:
+        elif not _idle(command, given):
             words += given.words
     return Command(command.verb, Arguments.read(words))
+
+
+def _idle(command: Command, given: Given) -> bool:
+    """Whether a flag is of training, and the command is not: its verb does not know it."""
+    return bool(given.flag) and judge(command.verb, given.flag).text == OF_TRAINING
