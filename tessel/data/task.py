@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,18 @@ import numpy as np
 
 from tessel.config.preprocess import PreprocessConfig
 from tessel.config.preprocess_rules import is_instructions
-from tessel.data.encoding import RowEncoder
+from tessel.data.encoding import Encoded, RowEncoder, join
 from tessel.data.finishing import DropLongRows, KeepAll, MindSpeedRows
 from tessel.data.indexed import IndexedDataset, IndexedDatasetWriter, optimal_dtype
-from tessel.data.rewrite import copy_documents
+from tessel.data.rewrite import copy_documents, read_documents
 from tessel.data.sentences import MEGATRON_PIECE_CHARS, SentenceSplitter
 from tessel.data.text_encoder import GENERAL, TextEncoder, TextRules
 from tessel.data.tokenizer import Tokenizer
 from tessel.errors import UsageError
 from tessel.runtime.log import log
+
+# Rows in memory of a second pass by rows.
+_ROWS_AT_ONCE = 10_000
 
 Rearrange = Callable[[Mapping[str, Path], Mapping[str, Path]], None]
 """A second pass: from the datasets written first to the final ones, prefixes by output."""
@@ -107,7 +111,7 @@ def _text_task(cfg: PreprocessConfig, tokenizer: Tokenizer, common: dict[str, An
     finish: Callable[[], KeepAll] = KeepAll
     if cfg.compatible == "mindspeed":
         rules = TextRules(by_text=True, pad_id=vocab_size, multiple=cfg.pad_to_multiple_of)
-        finish = partial(MindSpeedRows, cfg.seq_length)
+        finish = KeepAll if _counts_by_subset(cfg) else partial(MindSpeedRows, cfg.seq_length)
     elif cfg.compatible == "pai":
         vocab_size, adds_special_tokens = pai_vocab_size(cfg, tokenizer), False
         rules = TextRules(vocab_size=vocab_size)
@@ -129,7 +133,7 @@ def _text_task(cfg: PreprocessConfig, tokenizer: Tokenizer, common: dict[str, An
         optimal_dtype(None if cfg.compatible == "mindspeed" else vocab_size),
         level="sentence" if cfg.split_sentences else "document",
         finish=finish,
-        rearrange=_order(cfg),
+        rearrange=_drop_by_subset(cfg) if _counts_by_subset(cfg) else _order(cfg),
         **common,
     )
 
@@ -188,6 +192,42 @@ def _options(cfg: PreprocessConfig) -> dict[str, Any]:
         for name, value in values.items()
         if name == "append_eod" or value is True or value not in (None, False, "none", 1)
     }
+
+
+def _counts_by_subset(cfg: PreprocessConfig) -> bool:
+    """Whether --n-subs decides which rows MindSpeed-LLM's tool leaves out: it counts them from each subset's start."""
+    return cfg.n_subs > 1 and cfg.seq_length is not None and len(cfg.json_keys) > 1 and not cfg.shuffle
+
+
+def _drop_by_subset(cfg: PreprocessConfig) -> Rearrange:
+    """The pass that leaves long rows out, subset by subset; how long subsets are is known when all is read."""
+
+    def rearrange(sources: Mapping[str, Path], targets: Mapping[str, Path]) -> None:
+        datasets = [IndexedDataset(prefix) for prefix in sources.values()]
+        num_rows = datasets[0].num_documents
+        size = max(num_rows // cfg.n_subs, 1)
+        with ExitStack() as stack:
+            writers = [stack.enter_context(IndexedDatasetWriter(targets[name], np.int32)) for name in sources]
+            for start in range(0, num_rows, size):
+                rules = MindSpeedRows(cfg.seq_length)
+                stop = min(start + size, num_rows)
+                for first in range(start, stop, _ROWS_AT_ONCE):
+                    order = np.arange(first, min(first + _ROWS_AT_ONCE, stop))
+                    _write_parts(writers, rules.add(tuple(_rows_of(dataset, order) for dataset in datasets)))
+                _write_parts(writers, rules.end())
+
+    return rearrange
+
+
+def _rows_of(dataset: IndexedDataset, order: np.ndarray) -> Encoded:
+    pieces = [Encoded(*documents[:3]) for documents in read_documents(dataset, order)]
+    return join([(piece,) for piece in pieces])[0]
+
+
+def _write_parts(writers: Sequence[IndexedDatasetWriter], ready: Iterable[tuple[Encoded, ...]]) -> None:
+    for parts in ready:
+        for writer, part in zip(writers, parts, strict=True):
+            writer.add_documents(*part)
 
 
 def _order(cfg: PreprocessConfig) -> Rearrange | None:
