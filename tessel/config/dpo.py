@@ -20,4 +20,7 @@ class Preference:
     ref_model: str | None = option(
         None, "reference model; what --load names if not given, or the frozen model of adapters", metavar="DIR"
     )
+    precompute_ref_log_probs: bool = option(
+        False, "compute the reference's log-probabilities before training, and keep them in a file beside the data"
+    )
     refer_model_iter: int | None = option(None, "accepted: the reference is read once, whatever the micro-batch")

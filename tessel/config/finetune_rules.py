@@ -61,6 +61,8 @@ def check_kind(cfg: RunConfig) -> None:
 def check_preferences(cfg: RunConfig) -> None:
     """Numbers of the loss of pairs."""
     wanted = cfg.preference
+    if wanted.precompute_ref_log_probs and not cfg.finetune.is_pairwise_dataset:
+        raise UsageError("--precompute-ref-log-probs is for preferences: use tessel dpo, or leave it out.")
     if not wanted.dpo_beta > 0:
         raise UsageError(f"--dpo-beta {wanted.dpo_beta:g} must be above 0.")
     if not 0 <= wanted.dpo_label_smoothing < 0.5:

@@ -54,7 +54,7 @@ def run_identity(cfg: RunConfig, model_config: ModelConfig, splits: Splits) -> d
         "--seq-length": cfg.batch.seq_length,
         "--seed": cfg.precision.seed,
         "--calculate-per-token-loss": cfg.batch.calculate_per_token_loss,
-        "training data": _dataset_identity(splits.train),
+        "training data": dataset_identity(splits.train),
     }
     if cfg.finetune.reads_dialogues:
         data |= {f"--{name.replace('_', '-')}": getattr(cfg.finetune, name) for name in _DIALOGUE_FLAGS}
@@ -68,7 +68,8 @@ def _num_epochs(dataset: Dataset | None) -> list[int]:
     return [part.num_epochs for part in (dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset])]
 
 
-def _dataset_identity(dataset: Dataset | None) -> list[str]:
+def dataset_identity(dataset: Dataset | None) -> list[str]:
+    """What each part of a dataset holds, in a line."""
     if dataset is None:
         return []
     if not isinstance(dataset, BlendedDataset):

@@ -16,18 +16,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tessel.config.dpo import Preference
-from tessel.data.loader import MicroBatch
+from tessel.data.loader import Loader, MicroBatch
 from tessel.model.lora import Adapter, ExpertAdapter
 from tessel.model.transformer import Transformer
 from tessel.parallel.apply import release_gathered
 from tessel.parallel.peers import Peers
 from tessel.parallel.runner import Runner
+from tessel.train.reference_logps import KnownLogps, compute_logps
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Weighed:
 class Preferences:
     """Weighs pairs. `reference`: what computes the other log-probabilities, while `as_reference` is entered.
 
+    `known`: these log-probabilities, where they were computed before; then there need be no reference.
+
     A micro-batch holds the chosen answers of its pairs, and then the rejected ones.
     """
 
@@ -51,30 +55,28 @@ class Preferences:
         runner: Runner,
         parts: Sequence[Transformer],
         peers: Peers,
-        reference: Runner,
+        reference: Runner | None,
         as_reference: Callable[[], AbstractContextManager[None]],
+        known: KnownLogps | None = None,
     ) -> None:
         self._options, self._runner, self._parts, self._peers = options, runner, parts, peers
-        self._reference, self._as_reference = reference, as_reference
+        self._reference, self._as_reference, self.known = reference, as_reference, known
 
     def weigh(self, batches: Sequence[MicroBatch]) -> Weighed:
         """The weights that give the gradient of the mean loss over all pairs of the global batch."""
-        rows = [row for batch in batches for row in _rows(batch)]
+        rows = [row for batch in batches for row in rows_of(batch)]
         lengths = [row.loss_mask_BS.sum(dtype=torch.float64) for row in rows]
         for part in self._parts:
             part.eval()
         try:
             policy = self._logps(self._runner, rows)
-            with self._as_reference():
-                reference = self._logps(self._reference, rows)
+            reference = self.reference_logps(rows) if self.known is None else self._shared(self.known.of(rows))
         finally:
             for part in self._parts:
                 release_gathered(part)
                 part.train()
         own = slice(self._peers.replica * len(rows), (self._peers.replica + 1) * len(rows))
-        counts = torch.zeros_like(policy)
-        counts[own] = torch.stack(lengths).to(counts)
-        counts = self._peers.sum_tokens(counts).clamp(min=1)
+        counts = self._shared(torch.stack(lengths)).clamp(min=1)
         pairs = _pair_order(batches, self._peers.num_replicas)
         loss, gradient, figures = preference_loss(self._options, policy, reference, counts, pairs)
         factors = (-gradient[own]).split([len(batch.tokens_BS) for batch in batches])
@@ -82,6 +84,37 @@ class Preferences:
             batch.loss_mask_BS * f[:, None].to(batch.loss_mask_BS) for batch, f in zip(batches, factors, strict=True)
         ]
         return Weighed(weights, loss, figures)
+
+    def reference_logps(self, rows: Sequence[MicroBatch]) -> Tensor:
+        """The reference's log-probability of each answer of every replica, fp64 [replicas x rows]."""
+        assert self._reference is not None
+        with self._as_reference():
+            return self._logps(self._reference, rows)
+
+    def precompute(self, path: Path, loader: Loader, num_pairs: int, micro_batch_size: int) -> KnownLogps:
+        """The reference's log-probabilities of the first `num_pairs` samples, which are written to `path`."""
+        for part in self._parts:
+            part.eval()
+        try:
+            return compute_logps(
+                path,
+                loader,
+                num_pairs,
+                micro_batch_size,
+                self._peers,
+                lambda batch: list(rows_of(batch)),
+                self.reference_logps,
+            )
+        finally:
+            for part in self._parts:
+                release_gathered(part)
+                part.train()
+
+    def _shared(self, values: Tensor) -> Tensor:
+        """A number of each row of this replica -> those of every replica, fp64 [replicas x rows]."""
+        everyone = torch.zeros(self._peers.num_replicas * len(values), dtype=torch.float64, device=self._peers.device)
+        everyone[self._peers.replica * len(values) : (self._peers.replica + 1) * len(values)] = values.to(everyone)
+        return self._peers.sum_tokens(everyone)
 
     def _logps(self, runner: Runner, rows: Sequence[MicroBatch]) -> Tensor:
         """Log-probability of each answer of every replica, fp64 [replicas x rows]."""
@@ -91,7 +124,8 @@ class Preferences:
         return self._peers.sum_losses(everyone)
 
 
-def _rows(batch: MicroBatch) -> Iterator[MicroBatch]:
+def rows_of(batch: MicroBatch) -> Iterator[MicroBatch]:
+    """A micro-batch for each of its rows."""
     for row in range(len(batch.tokens_BS)):
         at = slice(row, row + 1)
         segments = None if batch.segments_BS is None else batch.segments_BS[at]

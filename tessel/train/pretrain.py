@@ -206,6 +206,7 @@ class _Run:
         if self._splits.train is None:
             raise TesselError("The data has no training split. Give --split a first share, or --train-data-path.")
         assert cfg.batch.seq_length is not None
+        loader = self._loader(self._splits.train)
         step = TrainStep(
             self._learner.runner,
             self._learner.optimizer,
@@ -221,7 +222,7 @@ class _Run:
             largest_gradient=largest_gradient(cfg.precision),
             logs_trained_loss=cfg.finetune.reads_dialogues,
             preferences=build_preferences(
-                cfg, self._learner, self._model_config, self._adapting, self._device, self._groups, self._stack
+                cfg, self._learner, self._model_config, self._adapting, self._device, self._groups, self._stack, loader
             ),
         )
         training_log = TrainingLog(
@@ -231,7 +232,6 @@ class _Run:
             peak_flops=devices.peak_flops(self._device, compute_dtype(cfg.precision)),
             num_devices=self._learner.peers.num_processes,
         )
-        loader = self._loader(self._splits.train)
         return Parts(
             cfg, self._learner, step, self._scheduler, batch_size, train_iters, loader, evaluator, saver,
             training_log, sinks, self._device, self._processes,
