@@ -334,7 +334,7 @@ def drop_in(argv: list[str]) -> None:
 
 
 def migrate(argv: list[str]) -> None:
-    """Print the command and the YAML that stand in place of another suite's shell script."""
+    """Print the command and the YAML in place of another suite's shell script."""
     cfg = read(verbs.MigrateConfig, argv, "migrate")
     if cfg is None:
         return

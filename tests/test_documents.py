@@ -27,6 +27,7 @@ DOCUMENTS = (
     "docs/CLUSTER.md",
     "docs/CHECKPOINTS.md",
     "docs/MIGRATION.md",
+    "docs/FAQ.md",
     "docs/STATUS.md",
 )
 FLAG = re.compile(r"--[a-z][a-z0-9-]+")

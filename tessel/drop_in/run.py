@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from tessel.drop_in.devices import placed
-from tessel.drop_in.translate import translate
+from tessel.drop_in.translate import PROGRAMS, SCRIPTS, translate
 from tessel.errors import UsageError
 
 Verb = Callable[[list[str]], None]
+
+_HELP = """usage: tessel drop-in SUITE PROGRAM ARGUMENTS
+
+SUITE is mindspeed, modellink or pai. PROGRAM is one of the suite's, such as pretrain_gpt.py, and ARGUMENTS are those that
+it takes. docs/FLAGS.md, or tessel flags SUITE, says what becomes of each flag. Programs:"""
 
 
 def run(argv: Sequence[str], verbs: Mapping[str, Verb], note: Callable[..., None]) -> None:
@@ -18,6 +23,9 @@ def run(argv: Sequence[str], verbs: Mapping[str, Verb], note: Callable[..., None
         UsageError: suite or program are missing or unknown, or a command line that cannot be meant.
         SystemExit: processes that a verb started have failed.
     """
+    if argv and argv[0] in ("-h", "--help"):
+        print(_HELP, ", ".join([*PROGRAMS, *SCRIPTS]))
+        return
     if len(argv) < 2 or argv[0].startswith("-"):
         raise UsageError("tessel drop-in needs SUITE PROGRAM ARGUMENTS, such as mindspeed pretrain_gpt.py --lr 1e-5.")
     suite, program, *arguments = argv

@@ -196,3 +196,10 @@ def test_pais_guide(
     )
     assert main(line.split()) == 0
     assert losses(made) == losses(tmp_path / "plain")
+
+
+def test_the_verb_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drop-in", "--help"]) == 0
+    assert "SUITE is mindspeed, modellink or pai" in capsys.readouterr().out
+    assert main(["drop-in", "mindspeed"]) == 2
+    assert "needs SUITE PROGRAM ARGUMENTS" in capsys.readouterr().err
