@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from tessel.serve.worker import Job, Worker
 T = TypeVar("T")
 Batches = AsyncGenerator[list[tuple[int, Event]], None]
 _CLIENT_IS_GONE = 499
+_SWITCH_S = 0.001
 # The page loads nothing from elsewhere, and no other page may put it into a frame.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -58,7 +60,9 @@ class Service:
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
         """The model's thread lasts as long as the body."""
-        limits = self.limits
+        limits, switch_s = self.limits, sys.getswitchinterval()
+        # The model's thread and the loop take turns in Python: a loop that waits long leaves places in the batch empty.
+        sys.setswitchinterval(_SWITCH_S)
         # Templates and tokenizers take milliseconds, in which streams go on. Together they are no faster.
         self._writers = ThreadPoolExecutor(1, "template")
         self.worker = Worker(self.asker.batcher, limits.max_running + limits.max_waiting, self.on_end)
@@ -67,6 +71,7 @@ class Service:
         finally:
             await self.worker.stop()
             self._writers.shutdown(wait=False)
+            sys.setswitchinterval(switch_s)
 
     def model(self) -> dict[str, Any]:
         """The model as /v1/models has it."""

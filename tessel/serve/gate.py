@@ -49,7 +49,8 @@ class Gate:
             await error.response()(scope, receive, send)
 
     def _check(self, scope: MutableMapping[str, Any], headers: Headers) -> None:
-        host = headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else "[::1]"
+        named = headers.get("host", "")
+        host = named if named.endswith("]") else named.rsplit(":", 1)[0]
         if self._is_local and host not in _LOCAL_HOSTS:
             raise ApiError(403, f"This server is for this machine alone, which is not called {host!r}.")
         if self._key is not None and scope["path"] not in _OPEN_PATHS:

@@ -166,13 +166,15 @@ class Worker:
                     keys[number], numbers[command.key] = command.key, number
                 elif command.key in numbers:
                     self.batcher.cancel(numbers[command.key])
+            has_end = False
             for event in self.batcher.step():
                 key = keys[event.request]
                 events.append((key, event))
                 if event.finish is not None:
+                    has_end = True  # whose client may ask for more
                     del keys[event.request], numbers[key]
             now_s = time.monotonic()
-            if events and (now_s - handed_s >= _HAND_OUT_S or self._is_idle()):
+            if events and (has_end or now_s - handed_s >= _HAND_OUT_S):
                 self._loop.call_soon_threadsafe(self._hand_out, events)
                 events, handed_s = [], now_s
 

@@ -252,7 +252,9 @@ def test_requests_that_are_garbage(server: Server, client: openai.OpenAI) -> Non
     assert send(server, path, b" " * 100_001)[0] == 413
     assert send(server, "/v1/nothing", None)[1]["error"]["code"] == "unknown_url"
     assert send(server, path, None)[0] == 405
-    assert send(server, "/health", None, Host="evil.example")[0] == 403
+    for host in ("evil.example", "[fe80::1]", "127.0.0.1.evil.example:80"):
+        assert send(server, "/health", None, Host=host)[0] == 403
+    assert send(server, "/health", None, Host="[::1]")[0] == send(server, "/health", None, Host="localhost:1")[0] == 200
     with pytest.raises(openai.NotFoundError, match="'gpt-9' does not exist; this server has 'tiny'"):
         ask(client, model="gpt-9")
     with socket.create_connection(server.url.removeprefix("http://").split(":")) as raw:  # type: ignore[arg-type]
@@ -415,6 +417,7 @@ def test_a_port_in_use(served_folder: Path, capsys: pytest.CaptureFixture[str]) 
         (["--max-running", "0"], "--max-running is 0: it must be at least 1"),
         (["--request-timeout-s", "0"], "--request-timeout-s is 0.0: it must be above 0"),
         (["--api-key", ""], "--api-key is empty"),
+        (["--tensor-model-parallel-size", "2"], "tessel serve runs on one process"),
     ],
 )
 def test_flags_that_are_wrong(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
