@@ -115,10 +115,12 @@ class Scorer:
                 )
             whole = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
             ids = whole[-(longest + 1) :][:-1]
-            self.counts.cut_texts += len(whole) > longest + 1
             # Big-endian bytes sort as the ids do.
             key = (ids.astype(">i4").tobytes(), len(continuation))
-            text = texts.setdefault(key, _Text(ids, len(continuation)))
+            if key not in texts:
+                texts[key] = _Text(ids, len(continuation))
+                self.counts.cut_texts += len(whole) > longest + 1
+            text = texts[key]
             text.continuations.append((number, np.asarray(continuation, np.int64)))
         return [texts[key] for key in sorted(texts)]
 
