@@ -23,5 +23,5 @@ def placed(command: Command) -> tuple[Command, list[str]]:
     devices = device_count()
     if int(number) <= devices:
         return command, []
-    remark = f"{number} processes, and {devices or 'no'} devices: they run on the CPU"
+    remark = f"{number} process{'es' * (number != '1')}, and {devices or 'no'} devices: on the CPU"
     return Command(command.verb, command.arguments.plus("--device", "cpu")), [remark]

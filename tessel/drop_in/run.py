@@ -12,8 +12,8 @@ Verb = Callable[[list[str]], None]
 
 _HELP = """usage: tessel drop-in SUITE PROGRAM ARGUMENTS
 
-SUITE is mindspeed, modellink or pai. PROGRAM is one of the suite's, such as pretrain_gpt.py, and ARGUMENTS are those that
-it takes. docs/FLAGS.md, or tessel flags SUITE, says what becomes of each flag. Programs:"""
+SUITE is mindspeed, modellink or pai. PROGRAM is one of its programs, such as pretrain_gpt.py, and ARGUMENTS are what
+that takes. docs/FLAGS.md, or tessel flags SUITE, says what becomes of each flag. Programs:"""
 
 
 def run(argv: Sequence[str], verbs: Mapping[str, Verb], note: Callable[..., None]) -> None:
@@ -30,10 +30,13 @@ def run(argv: Sequence[str], verbs: Mapping[str, Verb], note: Callable[..., None
         raise UsageError("tessel drop-in needs SUITE PROGRAM ARGUMENTS, such as mindspeed pretrain_gpt.py --lr 1e-5.")
     suite, program, *arguments = argv
     translated = translate(suite, program, arguments)
-    note(*translated.remarks)
-    for each in translated.commands:
-        command, remarks = placed(each)
-        note(*remarks)
+    commands, remarks = [], list(translated.remarks)
+    for command in translated.commands:
+        command, said = placed(command)
+        commands.append(command)
+        remarks += said
+    note(*dict.fromkeys(remarks))
+    for command in commands:
         try:
             verbs[command.verb](list(command.arguments.argv))
         except SystemExit as ended:  # of processes that were started: the next command follows a success

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tessel.drop_in.arguments import Arguments
 from tessel.drop_in.commands import Command, Translation
@@ -19,7 +20,11 @@ _OF_DIALOGUES = ("--history-turns",)
 def generation(suite: str, arguments: Arguments) -> Translation:
     """inference.py: the tasks that are asked for, or its demonstrations on its own prompt."""
     del suite
+    remarks = ["sampling is the suite's where not given: top-p 0.95, top-k 50, temperature 0.7"]
     tasks = arguments.values("--task") or (*_DEMOS, "chat")
+    if not arguments.has("--task") and not _has_template(arguments):
+        tasks = _DEMOS
+        remarks.append("no chat: neither --prompt-type nor the tokenizer's folder says how dialogues are written")
     rest = _with_precision(arguments.without("--task", "--max-length"))
     for flag, value in _GENERATION_DEFAULTS.items():
         if not rest.has(flag):
@@ -32,7 +37,7 @@ def generation(suite: str, arguments: Arguments) -> Translation:
         own = rest.without(*_OF_DIALOGUES)
         prompt = () if own.has("--prompt") or own.has("--prompt-file") else ("--prompt", _PROMPT)
         commands.append(Command("generate", own.plus("--task", task, *prompt)))
-    return Translation(tuple(commands), ("sampling is the suite's where not given: top-p 0.95, top-k 50, 0.7",))
+    return Translation(tuple(commands), tuple(remarks))
 
 
 def evaluation(suite: str, arguments: Arguments) -> Translation:
@@ -57,13 +62,23 @@ def _with_precision(arguments: Arguments) -> Arguments:
     """The precision that the model is stored in, where none is given."""
     if any(arguments.has(flag) for flag in _PRECISIONS):
         return arguments
-    dtype = _stored_dtype(arguments.value("--load"))
+    config = _json(arguments.value("--load"), "config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype")
     return arguments.plus(_DTYPES[dtype]) if dtype in _DTYPES else arguments
 
 
-def _stored_dtype(folder: str | None) -> str | None:
+def _has_template(arguments: Arguments) -> bool:
+    """Whether there is a template for dialogues."""
+    if arguments.has("--prompt-type") or arguments.has("--inference-prompt-type"):
+        return True
+    folder = arguments.value("--tokenizer-name-or-path") or arguments.value("--load") or ""
+    return (Path(folder) / "chat_template.jinja").exists() or "chat_template" in _json(folder, "tokenizer_config.json")
+
+
+def _json(folder: str | None, name: str) -> dict[str, Any]:
+    """An object in a folder; an empty one where it cannot be read, which a verb will say in its own words."""
     try:
-        config = json.loads((Path(folder or "") / "config.json").read_text(encoding="utf-8"))
+        content = json.loads((Path(folder or "") / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # another format, or a folder that will be refused in words later
-    return config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -72,7 +72,7 @@ def test_more_processes_than_devices_run_on_the_cpu(monkeypatch: pytest.MonkeyPa
     command = Command("pretrain", Arguments.read(["--nproc-per-node", "8"]))
     placed, remarks = devices.placed(command)
     assert placed.arguments.value("--device") == "cpu"
-    assert remarks == ["8 processes, and 2 devices: they run on the CPU"]
+    assert remarks == ["8 processes, and 2 devices: on the CPU"]
     enough = Command("pretrain", Arguments.read(["--nproc-per-node", "2"]))
     assert devices.placed(enough) == (enough, [])
 

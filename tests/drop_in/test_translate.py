@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,7 +110,14 @@ def test_a_dataset_may_be_named_by_its_file(tmp_path: Path) -> None:
 
 
 def test_generation_has_the_suites_demonstrations(tiny_hf_folder: Callable[..., Path]) -> None:
-    done = translate("mindspeed", "inference.py", ["--load", "m", "--history-turns", "3"])
+    folder = tiny_hf_folder("qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    done = translate("mindspeed", "inference.py", ["--load", str(folder)])
+    assert [command.verb for command in done.commands] == ["generate"] * 4
+    assert done.remarks[-1].startswith("no chat: ") and done.commands[0].arguments.has("--bf16")
+    (folder / "chat_template.jinja").touch()
+    done = translate("mindspeed", "inference.py", ["--load", str(folder), "--history-turns", "3"])
     assert [command.verb for command in done.commands] == ["generate"] * 4 + ["chat"]
     first, chat = done.commands[0].arguments, done.commands[-1].arguments
     assert (first.values("--task"), first.value("--prompt")) == (("greedy",), "how are you?")
