@@ -95,17 +95,17 @@ def tessel_side(folder: str, device: str, dtype: str) -> Callable[[Work], list[l
 
     from tessel.generate.batcher import Batcher
     from tessel.generate.engine import load_model
-    from tessel.generate.packed import pack_weights
+    from tessel.generate.packed import lay_by_columns, pack_weights
     from tessel.generate.request import Request
 
     model, _ = load_model(folder, device, getattr(torch, dtype))
-    pack_weights(model)
 
     class NoText:
         def decode(self, ids: Any) -> str:
             return ""
 
     def generate(work: Work) -> list[list[int]]:
+        (lay_by_columns if len(work.prompts) == 1 else pack_weights)(model)  # the first time
         batcher = Batcher(model, NoText(), device=device)
         found: dict[int, list[int]] = {}
         for ids, number in sorted(zip(work.prompts, work.new_tokens, strict=True), key=lambda one: -one[1]):

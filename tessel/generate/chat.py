@@ -41,7 +41,7 @@ def chat(cfg: ChatConfig, given: frozenset[str] = frozenset()) -> None:
     Raises:
         TesselError: no model, no template; or, where nobody types, a message that cannot be answered.
     """
-    with open_for_use(cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given) as opened:
+    with open_for_use(cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given, together=False) as opened:
         template = ChatTemplate.of(opened.tokenizer, cfg.templating)
         terminal = Terminal(history_file(cfg.history_file))
         for line in (*opened.notes, f"template: {template.source}"):

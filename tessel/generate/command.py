@@ -24,7 +24,10 @@ def generate(cfg: GenerateConfig, given: frozenset[str] = frozenset()) -> None:
     Raises:
         TesselError: no model, no tokenizer, or a prompt that the model cannot take.
     """
-    with open_for_use(cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given) as opened:
+    together = cfg.output is not None
+    with open_for_use(
+        cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given, together=together
+    ) as opened:
         prompter = prompter_of(cfg, opened)
         drawing = cfg.drawing
         stops = stop_ids_of(drawing, opened.stop_ids | prompter.stop_ids(), opened.tokenizer)

@@ -26,7 +26,7 @@ from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.generate.batcher import Model
 from tessel.generate.engine import ModelSource, find_model, load_model, stop_ids, suit_few_rows
-from tessel.generate.packed import pack_weights
+from tessel.generate.packed import lay_by_columns, pack_weights
 from tessel.generate.parts import PartModel
 from tessel.layout.adapters import groups_of, is_adapter
 from tessel.layout.asked import stages_asked
@@ -87,11 +87,12 @@ def open_for_use(
     shape: ModelShape | None = None,
     given: frozenset[str] = frozenset(),
     replicas: bool = False,
+    together: bool = True,
 ) -> Iterator[Opened]:
     """The model that `loading` names, on this process or its part of it; torch.distributed lasts as long as the body.
 
     `shape`, with the names of the fields that are `given`, must agree with the model. With `replicas`, more processes
-    than hold one copy of the model hold further ones.
+    than hold one copy of the model hold further ones. `together`: many texts will run at once, not one.
 
     Raises:
         UsageError: contradictory flags, or a layout that does not fit the model or the number of processes.
@@ -107,7 +108,7 @@ def open_for_use(
         kernels = choose(device, dtype, head_dim=found.config.head_dim)
         model = processes.together(lambda: _load(found, loading, device, dtype, kernels))
         assert isinstance(model, torch.nn.Module)
-        pack_weights(model)
+        (pack_weights if together else lay_by_columns)(model)
         ends = stop_ids(found.source.folder, found.config)
         if not ends and found.tokenizer.eod is not None:
             ends = frozenset({found.tokenizer.eod})

@@ -1,8 +1,9 @@
 """Weights laid out for the CPU's matrix products, once and not at each product.
 
-A product of a few rows with a large matrix spends most of its time on reordering the matrix into the blocks that the
-kernel reads. oneDNN can be given a matrix in these blocks: with 4 to 16 rows a product is then about twice as fast,
-with one or many a sixth. The matrix in blocks takes the place of the plain one, so memory stays the same.
+A product of some rows with a large matrix spends most of its time on reordering the matrix into the blocks that the
+kernel reads. oneDNN can be given a matrix in these blocks: with 4 to 16 rows a product is then about twice as fast.
+One row is best multiplied with a matrix by columns, where there are more rows than columns: long columns are added
+up instead of many short dot products. Either takes the place of the plain matrix, so memory stays the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class PackedLinear(Linear):
 
     def __init__(self, linear: Linear) -> None:
         nn.Module.__init__(self)
-        blocks = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        blocks = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), _ROWS)
         self.weight = nn.Parameter(blocks, requires_grad=False)
         self.bias, self.lora, self.nf4 = linear.bias, linear.lora, None
 
@@ -36,15 +37,33 @@ class PackedLinear(Linear):
 
 
 def pack_weights(model: nn.Module) -> None:
-    """Put the fp32 weights of a model's linear maps on the CPU into blocks, one after another; the rest stays.
+    """For many texts together: put the weights of linear maps into blocks, one after another."""
+    if torch.backends.mkldnn.is_available():
+        for owner, name, linear in _plain(model):
+            setattr(owner, name, PackedLinear(linear))
 
-    Of the rest are the head, which is a matrix to the model and no map, and what ranks share row by row.
+
+def lay_by_columns(model: nn.Module) -> None:
+    """For one text at a time: store the weights of linear maps by columns where that helps."""
+    for _, _, linear in _plain(model):
+        num_rows, num_columns = linear.weight.shape
+        if num_rows > num_columns:
+            linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t(), requires_grad=False)
+
+
+def _plain(model: nn.Module) -> list[tuple[nn.Module, str, Linear]]:
+    """Linear maps with fp32 weights on the CPU, each with its owner and its name there.
+
+    The head is none of them, since the model takes it for a matrix (see `engine.suit_few_rows`), nor are those whose
+    products ranks add up.
     """
-    if not torch.backends.mkldnn.is_available():
-        return
-    for owner in list(model.modules()):
-        for name, linear in list(owner.named_children()):
-            if type(linear) is not Linear or linear.nf4 is not None or name == "lm_head":
-                continue
-            if linear.weight.dtype == torch.float32 and linear.weight.device.type == "cpu":
-                setattr(owner, name, PackedLinear(linear))
+    children = [(owner, name, child) for owner in model.modules() for name, child in owner.named_children()]
+    return [
+        (owner, name, child)
+        for owner, name, child in children
+        if type(child) is Linear
+        and child.nf4 is None
+        and name != "lm_head"
+        and child.weight.dtype == torch.float32
+        and child.weight.device.type == "cpu"
+    ]

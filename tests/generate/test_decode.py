@@ -19,7 +19,7 @@ from tessel.generate.batcher import Batcher
 from tessel.generate.cache import KeyValueCache
 from tessel.generate.engine import generate_tokens, load_model, suit_few_rows
 from tessel.generate.load import open_for_use
-from tessel.generate.packed import PackedLinear, pack_weights
+from tessel.generate.packed import PackedLinear, lay_by_columns, pack_weights
 from tessel.generate.request import Request
 from tessel.generate.sampling import GREEDY, Sampling
 from tessel.model.layers import Linear
@@ -61,17 +61,20 @@ def test_weights_in_blocks_give_the_same_tokens(family: str, tiny_hf_folder: Mak
     plain, _ = load_model(folder)
     packed, _ = load_model(folder)
     pack_weights(packed)
+    by_columns, _ = load_model(folder)
+    lay_by_columns(by_columns)
+    assert is_by_columns(by_columns.layers["0"].self_attn.q_proj.weight) == (family == "qwen3"), "where it is tall"
     assert {name for name, linear in linears(packed).items() if type(linear) is Linear} == {"lm_head"}
     for name, linear in linears(plain).items():
         assert torch.equal(linears(packed)[name].dense_weight(), linear.weight), name
-    held = [sum(parameter.nbytes for parameter in model.parameters()) for model in (plain, packed)]
-    assert held[0] == held[1]
+    held = [sum(parameter.nbytes for parameter in model.parameters()) for model in (plain, packed, by_columns)]
+    assert len(set(held)) == 1
     for prompt, number in (((5, 300, 17), 60), (range(100), 20), ((7,), 3)):
         tokens = [
             list(generate_tokens(model, tuple(prompt), max_new_tokens=number, sampling=GREEDY))
-            for model in (plain, packed)
+            for model in (plain, packed, by_columns)
         ]
-        assert tokens[0] == tokens[1]
+        assert tokens[0] == tokens[1] == tokens[2]
     whole = [model(torch.arange(64)[None]) for model in (plain, packed)]
     torch.testing.assert_close(whole[0], whole[1], rtol=0, atol=1e-5)
 
@@ -79,11 +82,11 @@ def test_weights_in_blocks_give_the_same_tokens(family: str, tiny_hf_folder: Mak
 def test_what_is_used_on_this_cpu_is_in_blocks(tiny_hf_folder: MakeFolder) -> None:
     folder = str(tiny_hf_folder("qwen3"))
     tokenizer = Tokenizer(tokenizer_type="NullTokenizer")
-    for bf16 in (False, True):
-        with open_for_use(Loading(load=folder, device="cpu", bf16=bf16), tokenizer) as opened:
+    for bf16, together in ((False, True), (False, False), (True, True)):
+        with open_for_use(Loading(load=folder, device="cpu", bf16=bf16), tokenizer, together=together) as opened:
             assert isinstance(opened.model, torch.nn.Module)
             kinds = {type(linear) for name, linear in linears(opened.model).items() if name != "lm_head"}
-            assert kinds == {Linear if bf16 else PackedLinear}
+            assert kinds == {PackedLinear if together and not bf16 else Linear}
 
 
 def test_only_fp32_on_a_cpu_is_arranged(tiny_hf_folder: MakeFolder) -> None:
