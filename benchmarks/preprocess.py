@@ -1,6 +1,6 @@
 """`tessel preprocess` beside Megatron-LM's tools/preprocess_data.py: throughput, memory, scaling, and where time goes.
 
-    python benchmarks/preprocess.py [--megatron DIR] [--mb 200] [--large-mb 1000] [--workers 2] [--text DIR]
+    python benchmarks/preprocess.py [--megatron DIR] [--mb 200] [--large-mb 2000] [--workers 2] [--text DIR]
                                     [--tokenizer DIR] [--folder DIR]
 
 A jsonl is made by repeating the texts of DIR with some of their words exchanged, so that no two documents are
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--megatron", help="a checkout of Megatron-LM whose environment this Python has")
     parser.add_argument("--mb", type=int, default=200, help="size of the corpus")
     parser.add_argument(
-        "--large-mb", type=int, default=1000, help="size of the input whose memory is compared; 0: none"
+        "--large-mb", type=int, default=2000, help="size of the input whose memory is compared; 0: none"
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--text", type=Path, default=SHARED / "text")
