@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from tessel.checkpoint import companion
 from tessel.checkpoint.fused import pieces
 from tessel.checkpoint.mcore_args import config_of
@@ -116,7 +118,7 @@ def _with_expert_bias(config: ModelConfig, files: RankFiles) -> ModelConfig:
         file = next(file for file in files.files if file.place.pp == layers.pp)
         for number, layer in layers.layers.items():
             bias = file.chunks[layers.chunk].get(f"decoder.layers.{number}{BIAS_OF_CHOICE}")
-            if bias is not None and tuple(bias.shape) == (config.num_experts,):
+            if isinstance(bias, torch.Tensor) and tuple(bias.shape) == (config.num_experts,):
                 rows[layer] = tuple(float(value) for value in bias)
     if not rows:
         return config

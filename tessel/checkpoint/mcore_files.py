@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from tessel.checkpoint import torch_file
+from tessel.checkpoint.four_bits import Dequantized, dequantized
 from tessel.checkpoint.mcore_names import FINAL_NORM_KEY
 from tessel.checkpoint.megatron_folder import model_parallel, places, rank_folders
 from tessel.checkpoint.weights import named
@@ -39,7 +40,7 @@ class Dialect:
     `shown`: a key as the files have it. `oldest`: the first checkpoint_version with these names.
     """
 
-    weights: Callable[[Path, Any], dict[str, Tensor]]
+    weights: Callable[[Path, Any], Mapping[str, Tensor | Dequantized]]
     shown: Callable[[str], str]
     oldest: float
 
@@ -52,7 +53,7 @@ class RankFile:
     place: Place
     content: Mapping[str, Any]
     args: Mapping[str, Any]
-    chunks: tuple[Mapping[str, Tensor], ...]
+    chunks: tuple[Mapping[str, Tensor | Dequantized], ...]
     version: float
 
     @property
@@ -153,10 +154,10 @@ def _read(folder: Path, dialect: Dialect) -> RankFile:
     return RankFile(path, Place(), content, args, tuple(dialect.weights(path, content[key]) for key in keys), version)
 
 
-def _weights(path: Path, state: Any) -> dict[str, Tensor]:
+def _weights(path: Path, state: Any) -> Mapping[str, Tensor | Dequantized]:
     if not isinstance(state, Mapping) or "language_model" in state:
         raise TesselError(f"{path}: its weights have no names of Megatron-core's. Check the path and the format.")
-    return tensors_of(path, state)
+    return dequantized(path, tensors_of(path, state))
 
 
 def tensors_of(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:

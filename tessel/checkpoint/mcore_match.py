@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tessel.checkpoint.four_bits import Dequantized
 from tessel.checkpoint.fused import FormerQkv, alone, experts_of_gemm, pieces
 from tessel.checkpoint.mcore_files import ChunkLayers, RankFile, RankFiles
 from tessel.checkpoint.mcore_names import (
@@ -77,7 +78,12 @@ def match(files: RankFiles, config: ModelConfig) -> list[Held]:
                 else:
                     # Whatever is copied (norms by tensor parallelism, attention by the experts') holds the same boxes.
                     own = (key, layers.pp, layers.chunk, entries[key].fused.spans)
-                    loaded = _in_order(LoadedTensor(files.dialect.shown(key), file.path, tensor), key, file, config)
+                    stored: StoredTensor = (
+                        tensor
+                        if isinstance(tensor, Dequantized)
+                        else LoadedTensor(files.dialect.shown(key), file.path, tensor)
+                    )
+                    loaded = _in_order(stored, key, file, config)
                     held.append(Held(file, layers.chunk, entries[key], loaded, seen.get(own)))
                     seen.setdefault(own, held[-1])
     _complain(files, [f"{folder}: {files.dialect.shown(key)}" for folder, key in missing], wrong)
@@ -100,7 +106,7 @@ def _in_order(tensor: StoredTensor, key: str, file: RankFile, config: ModelConfi
 def _expected(
     part: Part,
     layers: ChunkLayers,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | Dequantized],
     file: RankFile,
     rows: Mapping[tuple[str, int], int],
     missing: list[tuple[str, str]],
@@ -112,7 +118,7 @@ def _expected(
         (HEAD_KEY, HEAD if part.has(HEAD) else EMBEDDING, layers.is_last and _has_head(part, layers, tensors)),
     ):
         if is_here:
-            num_rows = tensors[key].shape[0] if key in tensors and tensors[key].dim() else 0
+            num_rows = tensors[key].shape[0] if key in tensors and tensors[key].shape else 0
             size = (num_rows, part.config.hidden_size)
             slots.append({"local": (Entry(key, alone(name, (rows.get((key, file.place.tp), 0), 0), size)),)})
     for number, layer in layers.layers.items():
@@ -128,7 +134,7 @@ def _expected(
                 missing.append((file.folder, entry.key))
 
 
-def _has_head(part: Part, layers: ChunkLayers, tensors: Mapping[str, torch.Tensor]) -> bool:
+def _has_head(part: Part, layers: ChunkLayers, tensors: Mapping[str, torch.Tensor | Dequantized]) -> bool:
     """An output layer, or a copy of the tied embedding: always on another stage, and where a tool put it beside it."""
     return part.has(HEAD) or not layers.is_first or HEAD_KEY in tensors
 
@@ -147,7 +153,7 @@ def _vocabulary_offsets(files: RankFiles, config: ModelConfig) -> dict[tuple[str
         rows: dict[int, int] = {}
         for file in files.files:
             tensor = file.chunks[layers.chunk].get(key) if file.place.pp == layers.pp else None
-            if tensor is not None and tensor.dim() == 2:
+            if tensor is not None and len(tensor.shape) == 2:
                 rows.setdefault(file.place.tp, tensor.shape[0])
         for tp in range(files.topology.tp):
             offsets[key, tp] = sum(rows.get(rank, 0) for rank in range(tp))

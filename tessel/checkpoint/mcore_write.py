@@ -18,6 +18,7 @@ import torch
 
 from tessel.checkpoint import companion, mcore_optimizer_write, torch_file
 from tessel.checkpoint.flat_buffers import in_module_order
+from tessel.checkpoint.four_bits import QUANTIZED, in_four_bits
 from tessel.checkpoint.fused import assembled, gemm_of_experts
 from tessel.checkpoint.mcore_args import args_of, divisor_of
 from tessel.checkpoint.mcore_files import MODEL_FILES
@@ -264,7 +265,10 @@ def _state(chunk: Chunk, biases: Mapping[str, torch.Tensor], target: Target) -> 
     """The weights, and after each parallel linear's the state that it lacks: strict readers want the key."""
     keys = list(chunk)
     for key, following in itertools.zip_longest(keys, keys[1:], fillvalue=""):
-        yield key, Deferred(chunk[key])
+        if target.nf4 and key.startswith("decoder.layers.") and key.endswith(QUANTIZED):
+            yield from in_four_bits(key, chunk[key])
+        else:
+            yield key, Deferred(chunk[key])
         module = key.rpartition(".")[0]
         bias = f"{module}.expert_bias"
         if bias in biases:

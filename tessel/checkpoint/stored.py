@@ -278,6 +278,7 @@ class Target:
     those of `layout.stages.stages_of`. `etp` None is the same as `tp`. `vocab_divisor` None is the flavour's
     own. `dtype` None keeps each tensor's. `iteration` None writes a release. `transformer_engine` and `grouped_gemm`
     choose among Megatron's names for the same weights: those of the fused layers, and of experts in one matrix.
+    `nf4`: linear maps of layers in four bits, in the torch format alone.
     """
 
     tp: int = 1
@@ -296,6 +297,7 @@ class Target:
     iteration: int | None = 1
     transformer_engine: bool = False
     grouped_gemm: bool = False
+    nf4: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,6 @@ CONVERSION = ForeignFlags(
     },
     {
         "--save-lora-to-hf": "adapters alone",
-        "--qlora-nf4": "weights of 4 bits",
         **dict.fromkeys(("--tp-2d", "--tp-x", "--tp-y"), "two-dimensional tensor parallelism"),
         **dict.fromkeys(
             ("--d-model", "--mamba-d-state", "--mamba2-head-dim", "--mamba2-n-groups"), "state-space models"
@@ -106,6 +105,9 @@ class ConvertDegrees:
     )
     transformer_impl: str = option("local", "whose names for the fused layers", choices=("local", "transformer_engine"))
     moe_grouped_gemm: bool = option(False, "all experts in one matrix")
+    qlora_nf4: bool = option(
+        False, "torch: linear maps of the layers in four bits, as MindSpeed-LLM 2.3 stores them (rounds the weights)"
+    )
     release: bool = option(False, "write a release, which training starts from at iteration 0, instead of iteration 1")
 
 

@@ -246,7 +246,7 @@ LATER: dict[str, str] = {
         "--sft --sft-tokenizer-prompt-format --history-turns"
     )),
     **_later("LoRA", (
-        "--qlora-nf4 --qlora-save-dequantize"
+        "--qlora-save-dequantize"
     )),
     **_later("preprocessing beyond plain .jsonl and .txt", (
         "--overwrite-cache --n-subs --cache-dir --merge-group-keys --streaming --mix-strategy "

@@ -144,6 +144,9 @@ def _prove(cfg: ConvertConfig, work: Work, source: StoredModel, plan: Plan) -> C
         return None
     started_s = time.monotonic()
     result = open_model(work.folder)
+    if plan.target.nf4:
+        log("the result opens; its values were not compared: four bits round them")
+        return None
     if cfg.with_optimizer:
         comparison = compare(_expected(source, result, plan.target.dtype), _with_state(result, result), None, None)
     else:

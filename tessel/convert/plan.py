@@ -66,6 +66,11 @@ def plan_for(cfg: ConvertConfig, source: StoredModel) -> Plan:
     """
     to = cfg.to or ("torch" if source.format == "hf" else "hf")
     target = target_of(cfg, source)
+    if target.nf4 and (to != "torch" or cfg.with_optimizer or target.grouped_gemm):
+        raise UsageError(
+            "--qlora-nf4 is for weights alone, in the torch format: give --to torch, without --with-optimizer and "
+            "--moe-grouped-gemm."
+        )
     written = formats.written(to, source, target, cfg.with_optimizer)
     shown = replace(target, dtype=None)
     options = {**vars(shown), "to": to, "dtype": cfg.params_dtype}
@@ -113,6 +118,7 @@ def target_of(cfg: ConvertConfig, source: StoredModel) -> Target:
         iteration=_iteration(cfg, source),
         transformer_engine=degrees.transformer_impl == "transformer_engine",
         grouped_gemm=degrees.moe_grouped_gemm,
+        nf4=degrees.qlora_nf4,
     )
 
 
