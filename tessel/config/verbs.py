@@ -279,8 +279,9 @@ class FlagsConfig:
 class MigrateConfig:
     """What to migrate."""
 
-    script: str = option(REQUIRED, "shell script of another suite", positional=True, metavar="SCRIPT")
-    arguments: tuple[str, ...] = option((), "what the script is given", nargs="+", metavar="ARGUMENT")
+    script: tuple[str, ...] = option(
+        REQUIRED, "shell script of another suite, and what it is given", nargs="+", positional=True, metavar="SCRIPT"
+    )
     suite: str | None = option(
         None, "whose it is; found by what it calls if not given", choices=("mindspeed", "modellink", "pai")
     )

@@ -43,13 +43,14 @@ def migrate(cfg: MigrateConfig) -> None:
     Raises:
         TesselError: the file cannot be read, or calls no program of a suite.
     """
+    script, *arguments = cfg.script
     try:
-        text = Path(cfg.script).read_text(encoding="utf-8", errors="replace")
+        text = Path(script).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise TesselError(f"{cfg.script} cannot be read: {error.strerror}.") from error
-    found, remarks = migrated(text, cfg.arguments, cfg.suite or _suite_of(cfg.script, text))
+        raise TesselError(f"{script} cannot be read: {error.strerror}.") from error
+    found, remarks = migrated(text, tuple(arguments), cfg.suite or _suite_of(script, text))
     if not found:
-        raise TesselError(f"{cfg.script} calls no program that tessel stands for: {', '.join(PROGRAMS)}.")
+        raise TesselError(f"{script} calls no program that tessel stands for: {', '.join(PROGRAMS)}.")
     for remark in remarks:
         print(f"# {remark}")
     for one in found:

@@ -133,6 +133,12 @@ def test_positional_arguments_and_programs_of_other_suites() -> None:
     assert not found.commands and "docs/MIGRATION.md" in found.remarks[0]
 
 
+def test_arguments_follow_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.sh").write_text("torchrun ../qwen2/pretrain_qwen2_moe.py --lr $2 --patch-tokenizer-type $1")
+    assert main(["migrate", str(tmp_path / "a.sh"), "Qwen2Tokenizer", "1e-5"]) == 0
+    assert "tessel pretrain \\\n    --lr 1e-5\n" in capsys.readouterr().out
+
+
 def test_several_machines_keep_their_addresses() -> None:
     found = one("torchrun --nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr h --master_port 1 pretrain_gpt.py")
     assert found.commands[0].arguments.argv[:6] == ("--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "1")
