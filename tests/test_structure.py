@@ -68,6 +68,8 @@ VENDOR_WORDS = ("cuda", "npu", "nccl", "hccl", "nvidia", "ascend", "cudnn")
 # Where the user's own words for a device are declared and explained.
 VENDORS_ALLOWED = {
     "runtime/device.py",
+    # The vendor's own operators, and nothing that decides where they run.
+    "model/vendor.py",
     "config/run.py",
     "config/verbs.py",
     "config/megatron.py",

@@ -141,6 +141,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernel: AttentionFn, dropout: float) -> None:
         super().__init__()
         self.layer, self.kernel, self.dropout, self.recompute = layer, kernel, dropout, False
+        self.rotate = rotate
         self.head_dim, self.window = config.head_dim, config.window(layer)
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.q_proj = Linear(hidden, heads * self.head_dim, config.attention_bias)
@@ -163,7 +164,7 @@ class Attention(nn.Module):
         v_BKGD = self.v_proj(x_BSE).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHD, k_BSGD = self.q_norm(q_BSHD), self.k_norm(k_BSGD)
-        q_BSHD, k_BKGD = rotate(q_BSHD, *rope), rotate(k_BSGD, *rope)
+        q_BSHD, k_BKGD = self.rotate(q_BSHD, *rope), self.rotate(k_BSGD, *rope)
         if cache is not None:
             cached_BSE: Tensor = self.o_proj(cache.attend(self.layer, q_BSHD, k_BKGD, v_BKGD, self.window).flatten(2))
             return cached_BSE

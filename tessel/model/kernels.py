@@ -6,19 +6,20 @@ torch's SDPA, with whatever it brings on the device; `flash` is FlashAttention 3
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tessel.errors import UsageError
-from tessel.model.attention import AttentionFn, Visibility, plain_attention, sdpa_attention
-from tessel.model.layers import gated, rms_norm
-from tessel.model.moe import MixtureOfExperts, grouped_linear
+from tessel.model import vendor
+from tessel.model.attention import Attention, AttentionFn, Visibility, plain_attention, sdpa_attention
+from tessel.model.layers import MLP, RMSNorm, gated, rms_norm
+from tessel.model.moe import Experts, MixtureOfExperts, combine, grouped_linear, spread
 from tessel.model.rope import rotate
-from tessel.runtime.device import flash_attention_available
+from tessel.runtime.device import flash_attention_available, vendor_kernels_available
 
 
 def flash_attention(
@@ -40,29 +41,62 @@ ATTENTION: dict[str, AttentionFn] = {
     "fused": sdpa_attention,
     "flash": flash_attention,
 }
-# operation -> its rows. Norm: (x [..., E], weight [E], eps); rotary: `rope.rotate`; swiglu: (gate, up);
-# grouped: `moe.grouped_linear`.
-OPERATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "attention": ATTENTION,
-    "norm": {"torch": rms_norm},
-    "rotary": {"torch": rotate},
-    "swiglu": {"torch": gated},
-    "grouped": {"torch": grouped_linear},
+# operation -> its rows, the plain one first: functions with the signature of the plain one, of routing two.
+OPERATIONS: dict[str, dict[str, Any]] = {
+    "attention": {**ATTENTION, vendor.NAME: vendor.fusion_attention},
+    "norm": {"torch": rms_norm, vendor.NAME: vendor.rms_norm},
+    "rotary": {"torch": rotate, vendor.NAME: vendor.rotate},
+    "swiglu": {"torch": gated, vendor.NAME: vendor.gated},
+    "grouped": {"torch": grouped_linear, vendor.NAME: vendor.grouped_linear},
+    "routing": {"torch": (spread, combine), vendor.NAME: (vendor.spread, vendor.combine)},
 }
-_WORDS = {"unfused": "plain PyTorch", "local": "plain PyTorch", "fused": "torch SDPA", "flash": "FlashAttention"}
+_WORDS = {
+    "unfused": "plain PyTorch",
+    "local": "plain PyTorch",
+    "fused": "torch SDPA",
+    "flash": "FlashAttention",
+    vendor.NAME: "the vendor's fused attention",
+}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The implementations that a model uses, and why."""
+    """The implementations that a model uses, and why. `others`: the row of all operations but attention.
+
+    `takes_runs`: attention goes by the lengths of segments, where these are runs.
+    """
 
     attention: AttentionFn = sdpa_attention
     name: str = "fused"
     reason: str = "the default"
+    others: str = "torch"
+    takes_runs: bool = False
 
     def describe(self) -> str:
         """One line for the start-up: the choice and its reason, with what to install for a faster one."""
-        return f"attention: {self.name} ({_WORDS[self.name]}); {self.reason}"
+        rest = "" if self.others == "torch" else f"; norm, rotary, swiglu and experts: {self.others}"
+        return f"attention: {self.name} ({_WORDS[self.name]}); {self.reason}{rest}"
+
+    def attach(self, model: nn.Module) -> None:
+        """Give the modules of a model, which have torch's by themselves, these implementations."""
+        if self.others == "torch":
+            return
+        row = {operation: rows[self.others] for operation, rows in OPERATIONS.items() if self.others in rows}
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.kernel = row["norm"]
+            elif isinstance(module, Attention):
+                module.rotate = row["rotary"]
+            elif isinstance(module, MLP):
+                module.gated = row["swiglu"]
+            elif isinstance(module, Experts):
+                module.gated, module.grouped = row["swiglu"], row["grouped"]
+                module.spread, module.combine = row["routing"]
+
+
+def of_vendor(reason: str) -> Kernels:
+    """All of the vendor's kernels."""
+    return Kernels(vendor.fusion_attention, vendor.NAME, reason, vendor.NAME, takes_runs=True)
 
 
 def choose(
@@ -70,16 +104,20 @@ def choose(
 ) -> Kernels:
     """The kernels for a device and the dtype of computation.
 
-    `requested` is `--attention-backend`: auto takes FlashAttention where it runs, else SDPA; any
-    other name is taken or refused. Choosing FlashAttention registers it with torch for the process.
+    `requested` is `--attention-backend`: auto takes the vendor's kernels or FlashAttention where they run, else
+    SDPA; any other name is taken or refused. Choosing FlashAttention registers it with torch for the process.
 
     Raises:
         UsageError: an unknown name, or a forced kernel that cannot run here.
     """
     if requested not in ("auto", *ATTENTION):
         raise UsageError(f"--attention-backend {requested}: choose auto, {', '.join(ATTENTION)}.")
+    has_vendors, why = vendor_kernels_available(device)
     if requested not in ("auto", "flash"):
-        return Kernels(ATTENTION[requested], requested, f"asked for by --attention-backend {requested}")
+        others = vendor.NAME if has_vendors else "torch"
+        return Kernels(ATTENTION[requested], requested, f"asked for by --attention-backend {requested}", others)
+    if has_vendors:
+        return of_vendor(why)
     runs, why = _flash_runs(device, dtype, head_dim, dropout)
     if runs:
         torch.nn.attention.activate_flash_attention_impl(why)
@@ -105,6 +143,9 @@ def _flash_runs(device: torch.device, dtype: torch.dtype, head_dim: int, dropout
 
 def unavailable(row: str, device: torch.device) -> str | None:
     """Why a row of `OPERATIONS` cannot run on this device; None where it can."""
+    if row == vendor.NAME:
+        there, why = vendor_kernels_available(device)
+        return None if there else why
     if row != "flash":
         return None
     runs, why = flash_attention_available(device)

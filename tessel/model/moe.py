@@ -121,6 +121,7 @@ class Experts(nn.Module):
         # Beside these, by their names; see `model/lora.py`.
         self.lora: nn.ModuleDict | None = None
         self.exchange: Exchange | None = None
+        self.gated, self.grouped, self.spread, self.combine = gated, grouped_linear, spread, combine
         self.recompute_activation = False
 
     def forward(self, x_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor, may_drop: bool = False) -> Tensor:
@@ -130,11 +131,9 @@ class Experts(nn.Module):
         `may_drop`: experts_TK has X where a choice was dropped.
         """
         experts_N = experts_TK.flatten()
-        order_N = experts_N.argsort(stable=True)
-        inverse_N = opposite(order_N)
         counts_X = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=x_TE.device)
         counts_X = counts_X.scatter_add(0, experts_N, torch.ones_like(experts_N))[: self.num_experts]
-        rows_NE: Tensor = _Spread.apply(x_TE, order_N, inverse_N, experts_TK.shape[1])
+        rows_NE, places_N = self.spread(x_TE, experts_TK)
         num_kept = int(counts_X.sum()) if may_drop else len(rows_NE)
         kept_NE = rows_NE[:num_kept]
         if self.exchange is None:
@@ -143,8 +142,7 @@ class Experts(nn.Module):
             out_NE = self.exchange(kept_NE, counts_X, self.compute)
         if num_kept < len(rows_NE):
             out_NE = F.pad(out_NE, (0, 0, 0, len(rows_NE) - num_kept))
-        out_NE = permute(out_NE, inverse_N, order_N)
-        return torch.einsum("tk,tke->te", weights_TK, out_NE.view(*experts_TK.shape, -1))
+        return self.combine(out_NE, places_N, weights_TK)
 
     def compute(self, rows_NE: Tensor, counts_X: Tensor) -> Tensor:
         """Rows sorted by expert through their experts, those that this module holds."""
@@ -155,11 +153,11 @@ class Experts(nn.Module):
             return self._product(inner_NF, "down_proj", counts_X)
 
         if self.recompute_activation:
-            return forgetting(gated, (gate_NF, up_NF), down)
-        return down(gated(gate_NF, up_NF))
+            return forgetting(self.gated, (gate_NF, up_NF), down)
+        return down(self.gated(gate_NF, up_NF))
 
     def _product(self, rows_NI: Tensor, name: str, counts_X: Tensor) -> Tensor:
-        y_NO = grouped_linear(rows_NI, self.get_parameter(name), counts_X)
+        y_NO = self.grouped(rows_NI, self.get_parameter(name), counts_X)
         if self.lora is None or name not in self.lora:
             return y_NO
         adapted_NO: Tensor = self.lora[name](rows_NI, y_NO, counts_X)
@@ -194,6 +192,20 @@ class MixtureOfExperts(nn.Module):
             shared_BSE = recomputed(shared, x_BSE) if self.recompute_shared else shared(x_BSE)
             out_BSE = out_BSE + self.shared_expert_gate(x_BSE).sigmoid() * shared_BSE
         return out_BSE
+
+
+def spread(x_TE: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's K copies, sorted by expert, [N, E]; with the places of the copies in it, for `combine`."""
+    order_N = experts_TK.flatten().argsort(stable=True)
+    places_N = opposite(order_N)
+    rows_NE: Tensor = _Spread.apply(x_TE, order_N, places_N, experts_TK.shape[1])
+    return rows_NE, places_N
+
+
+def combine(rows_NE: Tensor, places_N: Tensor, weights_TK: Tensor) -> Tensor:
+    """The weighted sum of the K rows of each token, [T, E]; `places_N` as from `spread`."""
+    in_order_NE = permute(rows_NE, places_N, opposite(places_N))
+    return torch.einsum("tk,tke->te", weights_TK, in_order_NE.view(*weights_TK.shape, -1))
 
 
 class _Spread(torch.autograd.Function):

@@ -109,6 +109,7 @@ class Decoder(nn.Module):
         self.is_first = self.is_last = True
         # False where the layers' attention makes its own masks, from the segments.
         self.builds_masks = True
+        self.takes_runs = kernels.takes_runs
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict(
             {
@@ -174,8 +175,8 @@ class Decoder(nn.Module):
     def _visibility(self, positions_BS: Tensor, segments_BS: Tensor | None, cache: KeyValueCache | None) -> Visibility:
         if cache is not None or not self.builds_masks:
             return Visibility(segments_BS)
-        # Reading the runs waits for the device, so only the CPU, where it pays most, goes by runs.
-        by_run = segments_BS is not None and segments_BS.device.type == "cpu"
+        # Reading the runs waits for the device: worth it on the CPU, and where a kernel takes their lengths.
+        by_run = segments_BS is not None and (segments_BS.device.type == "cpu" or self.takes_runs)
         visibility = Visibility(segments_BS, run_lengths(segments_BS) if by_run and segments_BS is not None else None)
         if visibility.run_lengths is None:
             length = positions_BS.shape[1]
@@ -220,6 +221,7 @@ class Transformer(nn.Module):
         self.model = Decoder(
             config, kernels or Kernels(), attention_dropout, hidden_dropout, recompute, self.balance, offload
         )
+        (kernels or Kernels()).attach(self)
         if config.adapters is not None:
             attach_adapters(self.model.layers, config.adapters)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)

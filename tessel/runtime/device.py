@@ -307,6 +307,20 @@ def set_deterministic() -> None:
 
 
 @functools.cache
+def vendor_kernels_available(device: torch.device) -> tuple[bool, str]:
+    """Whether the vendor's operators of `model/vendor.py` run on this device; with the reason, for or against."""
+    if device.type != "npu":
+        return False, f"torch_npu's operators are for Ascend NPUs, this is {device.type}"
+    wanted = ("npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_grouped_matmul",
+              "npu_moe_token_permute", "npu_moe_token_unpermute")  # fmt: skip
+    missing = [name for name in wanted if not hasattr(torch.ops.npu, name)]
+    version = metadata.version("torch_npu")
+    if missing:
+        return False, f"torch_npu {version} has no {', '.join(missing)}: install the one for torch {torch.__version__}"
+    return True, f"torch_npu {version} is there for {device}"
+
+
+@functools.cache
 def flash_attention_available(device: torch.device) -> tuple[bool, str]:
     """Whether FlashAttention 3 or 4 runs on this device through `torch.nn.attention`.
 

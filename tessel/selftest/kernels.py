@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # B, S, H, G, D: a plain one, and odd ones.
 ATTENTION_SHAPES = ((2, 64, 4, 2, 64), (1, 77, 3, 1, 24), (3, 33, 4, 4, 16))
 ROW_SHAPES = ((2, 64, 64), (1, 77, 48), (3, 5, 200))
+DOCUMENT = 19
+"""Tokens of a document; of the last of a row, fewer."""
 OPTIMIZER_STEPS = 3
 
 Computation = Callable[..., Tensor]
@@ -50,7 +53,7 @@ def run(device: torch.device) -> Iterator[Check]:
             yield check(PART, f"{operation}: {row}", lambda o=operation, r=row: _row(device, o, r))  # type: ignore[misc]
     for name in BLOCKS:
         yield check(PART, f"attention of blocks: {name}", lambda n=name: _block(device, n))  # type: ignore[misc]
-    yield check(PART, "loss in chunks", lambda: _compare(device, _loss_cases(device)))
+    yield check(PART, "loss in chunks", lambda: compare(device, _loss_cases()))
     yield check(PART, "AdamW", lambda: _adamw(device))
 
 
@@ -58,19 +61,16 @@ def _row(device: torch.device, operation: str, row: str) -> str:
     reason = unavailable(row, device)
     if reason is not None:
         raise SkippedError(reason)
-    makers: dict[str, Callable[[torch.device, Computation], list[Case]]] = {
-        "attention": _attention_cases,
-        "norm": _norm_cases,
-        "rotary": _rotary_cases,
-        "swiglu": _swiglu_cases,
-        "grouped": _grouped_cases,
-    }
     dtypes = (torch.bfloat16, torch.float16) if row == "flash" else tuple(TOLERANCES)
-    return _compare(device, makers[operation](device, OPERATIONS[operation][row]), dtypes)
+    return compare(device, CASES[operation](OPERATIONS[operation][row]), dtypes)
 
 
-def _compare(device: torch.device, cases: Sequence[Case], dtypes: Sequence[torch.dtype] = tuple(TOLERANCES)) -> str:
-    """The worst relative error of each dtype, in words."""
+def compare(device: torch.device, cases: Sequence[Case], dtypes: Sequence[torch.dtype] = tuple(TOLERANCES)) -> str:
+    """The worst relative error of each dtype, in words.
+
+    Raises:
+        WrongError: one is above its tolerance.
+    """
     found = []
     for dtype in dtypes:
         worst = max(worst_error(case, device, dtype) for case in cases)
@@ -107,17 +107,19 @@ def _random(*shapes: tuple[int, ...], scale: float = 1.0) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, generator=generator) * scale for shape in shapes)
 
 
-def _attention_cases(device: torch.device, kernel: Computation) -> list[Case]:
-    """Causal, with documents, with a window, and both."""
+def _attention_cases(kernel: Computation) -> list[Case]:
+    """Causal, with documents by a mask and by their lengths, with a window, and both."""
 
-    def case(shape: tuple[int, ...], documents: bool, window: int | None) -> Case:
+    def case(shape: tuple[int, ...], documents: bool, lengths: bool, window: int | None) -> Case:
         batch, length, heads, groups, dim = shape
-        segments_BS = (torch.arange(length) // 13 + torch.arange(length) // 50).expand(batch, -1) if documents else None
+        segments_BS = (torch.arange(length) // DOCUMENT).expand(batch, -1) if documents else None
+        of_row = [min(DOCUMENT, length - first) for first in range(0, length, DOCUMENT)]
+        runs = tuple(of_row * batch) if lengths else None
 
         def with_kernel(kernel: Computation) -> Computation:
             def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 segments = None if segments_BS is None else segments_BS.to(q.device)
-                return kernel(q, k, v, Visibility(segments), window, 0.0)
+                return kernel(q, k, v, Visibility(segments, runs), window, 0.0)
 
             return compute
 
@@ -125,11 +127,11 @@ def _attention_cases(device: torch.device, kernel: Computation) -> list[Case]:
         inputs = _random((batch, length, heads, dim), kv_shape, kv_shape)
         return Case(inputs, with_kernel(kernel), with_kernel(plain_attention))
 
-    variants = ((False, None), (True, None), (False, 9), (True, 9))
+    variants = ((False, False, None), (True, False, None), (True, True, None), (False, False, 9), (True, False, 9))
     return [case(shape, *variant) for shape in ATTENTION_SHAPES for variant in variants]
 
 
-def _norm_cases(device: torch.device, kernel: Computation) -> list[Case]:
+def _norm_cases(kernel: Computation) -> list[Case]:
     def reference(x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * weight
 
@@ -138,7 +140,7 @@ def _norm_cases(device: torch.device, kernel: Computation) -> list[Case]:
     ]
 
 
-def _rotary_cases(device: torch.device, kernel: Computation) -> list[Case]:
+def _rotary_cases(kernel: Computation) -> list[Case]:
     def case(shape: tuple[int, ...]) -> Case:
         batch, length, heads, _, dim = shape
         angles_BSP = torch.arange(length)[None, :, None] * 0.5 ** torch.arange(dim // 2)
@@ -157,11 +159,11 @@ def _rotary_cases(device: torch.device, kernel: Computation) -> list[Case]:
     return [case(shape) for shape in ATTENTION_SHAPES]
 
 
-def _swiglu_cases(device: torch.device, kernel: Computation) -> list[Case]:
+def _swiglu_cases(kernel: Computation) -> list[Case]:
     return [Case(_random(shape, shape), kernel, lambda gate, up: gate * gate.sigmoid() * up) for shape in ROW_SHAPES]
 
 
-def _grouped_cases(device: torch.device, kernel: Computation) -> list[Case]:
+def _grouped_cases(kernel: Computation) -> list[Case]:
     """Groups of several lengths, one of them empty; the last sizes suit no kernel that wants rows of 16 bytes."""
 
     def case(counts: tuple[int, ...], inner: int, outer: int) -> Case:
@@ -177,7 +179,29 @@ def _grouped_cases(device: torch.device, kernel: Computation) -> list[Case]:
     return [case((5, 0, 16, 3), 32, 48), case((1, 40), 64, 16), case((7, 2, 4), 19, 27)]
 
 
-def _loss_cases(device: torch.device) -> list[Case]:
+def _routing_cases(kernel: tuple[Callable[..., Any], Callable[..., Any]]) -> list[Case]:
+    """Tokens to rows that are sorted by expert, something done to the rows, and back."""
+    spread, combine = kernel
+
+    def case(tokens: int, hidden: int, topk: int) -> Case:
+        experts_TK = torch.rand(tokens, 7, generator=torch.Generator().manual_seed(4)).topk(topk, dim=1).indices
+        order_N = experts_TK.flatten().argsort(stable=True)
+
+        def ours(x_TE: Tensor, scale_NE: Tensor, weights_TK: Tensor) -> Tensor:
+            rows_NE, places_N = spread(x_TE, experts_TK.to(x_TE.device))
+            combined: Tensor = combine(rows_NE * scale_NE, places_N, weights_TK)
+            return combined
+
+        def reference(x_TE: Tensor, scale_NE: Tensor, weights_TK: Tensor) -> Tensor:
+            rows_NE = x_TE[order_N // topk] * scale_NE * weights_TK.flatten()[order_N, None]
+            return torch.zeros_like(x_TE).index_add(0, order_N // topk, rows_NE)
+
+        return Case(_random((tokens, hidden), (tokens * topk, hidden), (tokens, topk)), ours, reference)
+
+    return [case(33, 64, 2), case(5, 24, 1), case(17, 16, 3)]
+
+
+def _loss_cases() -> list[Case]:
     def case(tokens: int, hidden: int, rows: int) -> Case:
         generator = torch.Generator().manual_seed(3)
         labels_T = torch.randint(rows, (tokens,), generator=generator)
@@ -193,6 +217,16 @@ def _loss_cases(device: torch.device) -> list[Case]:
         return Case(_random((tokens, hidden), (rows, hidden), scale=0.3), ours, reference)
 
     return [case(200, 64, 1000), case(65, 24, 307)]
+
+
+CASES: dict[str, Callable[[Any], list[Case]]] = {
+    "attention": _attention_cases,
+    "norm": _norm_cases,
+    "rotary": _rotary_cases,
+    "swiglu": _swiglu_cases,
+    "grouped": _grouped_cases,
+    "routing": _routing_cases,
+}
 
 
 def _block(device: torch.device, name: str) -> str:
