@@ -80,6 +80,30 @@ def test_every_question_scores_as_with_the_harness_own_model(
                     assert float(own[0]) == pytest.approx(float(other[0]), abs=1e-4) and bool(own[1]) == bool(other[1])
 
 
+@pytest.mark.slow
+def test_choice_has_the_prompts_and_scores_of_the_harness(
+    tiny_hf_folder: MakeFolder, tiny_tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """`--rule choice` against the harness's own tasks, whose prompts its YAMLs write."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'tessel[harness]')")
+    model = tiny_hf_folder("qwen2", tokenizer=tiny_tokenizer_folder, max_position_embeddings=4096, eos_token_id=305)
+    data, output = folders(tmp_path / "data"), tmp_path / "out"
+    common = ["--load", str(model), "--num-fewshot", "3", "--device", "cpu"]
+    assert not main(
+        ["evaluate", "--harness", *common, "--task", *TASKS[:5], "--data-dir", *data, "--output", str(output)]
+    )
+    for task, group in (("mmlu", "mmlu"), ("ceval", "ceval-valid"), ("cmmlu", "cmmlu")):
+        own = tmp_path / task
+        folder = tmp_path / "data" / task
+        assert not main(["evaluate", *common, "--task", task, "--data-path", str(folder), "--output", str(own)])
+        for row in map(json.loads, (own / "questions.jsonl").read_text().splitlines()):
+            samples = (output / f"samples_{group}_{row['subject']}.jsonl").read_text().splitlines()
+            (sample,) = (found for found in map(json.loads, samples) if found["doc_id"] == row["index"])
+            theirs = [float(response[0][0]) for response in sample["resps"]]
+            assert list(row["scores"].values()) == pytest.approx(theirs, abs=1e-4)
+            assert row["correct"] == bool(sample["acc"])
+
+
 def test_data_dir_is_task_and_folder(tmp_path: Path) -> None:
     assert data_dirs([f"ceval={tmp_path}"]) == {"ceval-valid": tmp_path}
     with pytest.raises(UsageError, match="write TASK=DIR"):
