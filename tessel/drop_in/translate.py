@@ -64,6 +64,7 @@ PROGRAMS: dict[str, _Program] = {
     "build_idxmap_sft_dataset.py": _compatible("pai-sft"),
     "inference.py": use.generation,
     "evaluation.py": use.evaluation,
+    "lm_eval": use.harness,
 }
 """Name of a program -> what tessel does in its place."""
 

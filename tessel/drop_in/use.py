@@ -8,6 +8,7 @@ from typing import Any
 
 from tessel.drop_in.arguments import Arguments
 from tessel.drop_in.commands import Command, Translation
+from tessel.errors import UsageError
 
 _DEMOS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling")
 _PROMPT = "how are you?"
@@ -56,6 +57,37 @@ def evaluation(suite: str, arguments: Arguments) -> Translation:
             words += ["--data-path", folders[min(index, len(folders) - 1)]]
         commands.append(Command("evaluate", rest.plus(*words)))
     return Translation(tuple(commands), ("answers are judged by what the model writes; --rule choice by likelihood",))
+
+
+def harness(suite: str, arguments: Arguments) -> Translation:
+    """`lm_eval --model hf` of the harness that Pai bundles: each task by likelihood, on a folder of its name nearby.
+
+    Raises:
+        UsageError: another kind of model, or no folder of questions.
+    """
+    del suite
+    if arguments.value("--model") not in (None, "hf"):
+        raise UsageError(f"--model {arguments.value('--model')}: tessel evaluates local models, --model hf.")
+    model = dict(part.partition("=")[::2] for part in (arguments.value("--model-args") or "").split(","))
+    if not model.get("pretrained"):
+        raise UsageError("--model_args needs pretrained=DIR, the model's folder.")
+    remarks = ["trust_remote_code is left out: code of a model's folder is never run"] * ("trust_remote_code" in model)
+    commands = []
+    for task in (arguments.value("--tasks") or "").split(","):
+        words = ["--load", model["pretrained"], "--task", task, "--rule", "choice", "--data-path", _questions(task)]
+        if arguments.has("--batch-size"):
+            words += ["--batch-size", *arguments.values("--batch-size")]
+        commands.append(Command("evaluate", _with_precision(Arguments.read(words))))
+    return Translation(tuple(commands), tuple(remarks))
+
+
+def _questions(task: str) -> str:
+    """The folder of a task's questions: of its name, here or beside this folder."""
+    name = task.removesuffix("-valid")
+    found = next((str(path) for path in (Path(name), Path("..") / name) if path.is_dir()), None)
+    if not task or found is None:
+        raise UsageError(f"--tasks {task!r}: there is no folder {name} here or beside this one with its questions.")
+    return found
 
 
 def _with_precision(arguments: Arguments) -> Arguments:

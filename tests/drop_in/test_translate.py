@@ -136,6 +136,27 @@ def test_evaluation_is_by_what_the_model_writes() -> None:
     assert len(translate("mindspeed", "evaluation.py", "--task mmlu ceval --task-data-path a b".split()).commands) == 2
 
 
+def test_the_harness_that_pai_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cmmlu").mkdir()
+    (tmp_path / "ceval").mkdir()
+    (tmp_path / "harness").mkdir()
+    monkeypatch.chdir(tmp_path / "harness")
+    line = "--model hf --model_args pretrained=back,trust_remote_code=True --tasks cmmlu,ceval-valid --batch_size 16"
+    done = translate("pai", "lm_eval", line.split())
+    assert [" ".join(command.arguments.argv) for command in done.commands] == [
+        "--load back --task cmmlu --rule choice --data-path ../cmmlu --batch-size 16",
+        "--load back --task ceval-valid --rule choice --data-path ../ceval --batch-size 16",
+    ]
+    assert done.remarks == ("trust_remote_code is left out: code of a model's folder is never run",)
+    for wrong, message in (
+        (line.replace("cmmlu,", "mmlu,"), "there is no folder mmlu here or beside"),
+        (line.replace("--model hf", "--model vllm"), "--model hf"),
+        (line.replace("pretrained=back,", ""), "needs pretrained=DIR"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            translate("pai", "lm_eval", wrong.split())
+
+
 def test_preprocessing_says_that_documents_have_no_end() -> None:
     assert "--append-eod" in one("mindspeed", "preprocess_data.py", "--input a --output-prefix b")[2]
     assert not one("mindspeed", "preprocess_data.py", "--input a --output-prefix b --append-eod")[2]

@@ -1,0 +1,1 @@
+"""Stands for the package that Pai-Megatron-Patch bundles."""
