@@ -27,6 +27,7 @@ DOCUMENTS = (
     "docs/CLUSTER.md",
     "docs/CHECKPOINTS.md",
     "docs/MIGRATION.md",
+    "docs/RECIPES.md",
     "docs/FAQ.md",
     "docs/STATUS.md",
 )
