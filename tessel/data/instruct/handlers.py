@@ -45,8 +45,7 @@ _TEMPLATED = {
 }
 _UNKNOWN_RULE = {
     **dict.fromkeys(
-        ("MOSSMultiTurnHandler", "MOSSInstructionHandler", "LeetcodePythonInstructionHandler",
-         "HunyuanInstructionHandler"),
+        ("MOSSMultiTurnHandler", "MOSSInstructionHandler", "HunyuanInstructionHandler"),
         "what it writes is not documented",
     ),
     "LlamaFactoryInstructionHandler": "it reads data sets by their names in a registry",

@@ -52,6 +52,13 @@ def _belle(values: Mapping[str, Any]) -> list[tuple[bool, str]]:
     return [*messages[:-1], (False, _required(values, "output").strip())]
 
 
+def _leetcode(values: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    """A problem, up to where its code begins; answered by the code and its explanation."""
+    problem = _required(values, "code_with_problem").split("```", maxsplit=1)[0].strip()
+    answer = f"{_required(values, 'code_only')}\n{_required(values, 'explanation_only')}"
+    return [(True, problem), (False, answer)]
+
+
 def _required(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str):
@@ -62,6 +69,7 @@ def _required(values: Mapping[str, Any], name: str) -> str:
 PLAIN_PROMPTS = {
     "GeneralInstructionHandler": PlainPrompt(_one_turn, ("instruction", "input", "output")),
     "BelleMultiTurnInstructionHandler": PlainPrompt(_belle, ("instruction", "output")),
+    "LeetcodePythonInstructionHandler": PlainPrompt(_leetcode, ("code_with_problem", "code_only", "explanation_only")),
 }
 
 

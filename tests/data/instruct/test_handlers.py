@@ -104,6 +104,28 @@ def test_preferences_and_prompts(chat_tokenizer: Make) -> None:
         encoder([Row(2, {**row.values, "id": 5})], "a.jsonl")
 
 
+def test_prompts_and_pairs_as_mindspeed_has_them(chat_tokenizer: Make) -> None:
+    """PPO has the questions alone, R1 all but the last answer; neither these nor pairs end with --append-eod."""
+    tokenizer = chat_tokenizer()
+    history = '{"history": "history"}'
+    cfg = replace(QWEN, compatible="mindspeed", map_keys=history, append_eod=True, dataset_additional_keys=("labels",))
+    row = Row(1, {"instruction": "bye", "input": "", "output": "ok", "history": [["hi", "hello"]]})
+    told = {}
+    for name in ("PPO", "R1"):
+        encoder = instruction_encoder(replace(cfg, handler_name=f"{name}AlpacaStyleInstructionHandler"), tokenizer)
+        told[name] = [text_of(tokenizer, ids[0]) for ids in written(encoder([row], "a.jsonl"))]
+    start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    end = "\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n"
+    assert told["R1"][0] == f"{start}<|im_start|>assistant\nhello<|im_end|>{end}" and told["R1"][2] == "ok"
+    assert told["PPO"][0] == f"{start}<|im_start|>assistant\n{end}" and len(told["PPO"]) == 2
+    pairs = replace(cfg, handler_name="AlpacaStylePairwiseHandler", seq_length=10)
+    row = Row(1, {**row.values, "chosen": "yes", "rejected": "no"})
+    _, chosen, _, rejected = written(instruction_encoder(pairs, tokenizer)([row], "a.jsonl"))
+    assert text_of(tokenizer, chosen[0]) == "yes<|im_end|>" and text_of(tokenizer, rejected[0]) == "no<|im_end|>"
+    with pytest.raises(UsageError, match="--pack joins dialogues"):
+        instruction_encoder(replace(pairs, pack=True), tokenizer)
+
+
 def test_older_handlers(chat_tokenizer: Make) -> None:
     tokenizer = chat_tokenizer()
     general = replace(QWEN, handler_name="GeneralInstructionHandler", prompt_type=None, append_eod=True)
@@ -119,6 +141,11 @@ def test_older_handlers(chat_tokenizer: Make) -> None:
         "### Instruction:\nhi\n### Response:\nhello\n### Instruction:\nbye\n### Response:\nok\n"
     )
     assert text_of(tokenizer, labels[0]) == "ok\n"
+    leetcode = replace(belle, handler_name="LeetcodePythonInstructionHandler")
+    code = Row(1, {"code_with_problem": "hi ```bye", "code_only": "hello", "explanation_only": "ok"})
+    ids, _, labels = written(instruction_encoder(leetcode, tokenizer)([code], "a.jsonl"))
+    assert text_of(tokenizer, ids[0]).endswith("### Instruction:\nhi\n### Response:\nhello\nok\n")
+    assert text_of(tokenizer, labels[0]) == "hello\nok\n"
     with pytest.raises(RowError, match="row 1: 'input' must be text"):
         instruction_encoder(general, tokenizer)([row], "a.jsonl")
     with pytest.raises(UsageError, match="leave --prompt-type out"):
