@@ -316,7 +316,7 @@ def plot(argv: list[str]) -> None:
 
 
 def flags(argv: list[str]) -> None:
-    """Say what becomes of each flag of MindSpeed-LLM, ModelLink, Pai-Megatron-Patch and Megatron-LM."""
+    """Say what becomes of each flag of MindSpeed-LLM, ModelLink, Pai and Megatron-LM."""
     cfg = read(verbs.FlagsConfig, argv, "flags")
     if cfg is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import tempfile
 import time
 import traceback
@@ -40,7 +41,7 @@ def run(
                 process.start()
             for _, sending in pipes:
                 sending.close()
-            return _collect([receiving for receiving, _ in pipes], time_limit_s)
+            return _collect([receiving for receiving, _ in pipes], processes, time_limit_s)
         finally:
             for process in processes:
                 if process.pid is not None:
@@ -50,7 +51,7 @@ def run(
                         process.join()
 
 
-def _collect(pipes: list[Connection], time_limit_s: float) -> list[Any]:
+def _collect(pipes: list[Connection], processes: list[Any], time_limit_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     deadline_s = time.monotonic() + time_limit_s
     while len(results) < len(pipes):
@@ -61,9 +62,10 @@ def _collect(pipes: list[Connection], time_limit_s: float) -> list[Any]:
             assert isinstance(pipe, Connection)
             rank = waiting[pipe]
             try:
-                error, value = pipe.recv()
+                error, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
+                processes[rank].join(timeout=5)
+                raise AssertionError(f"rank {rank} died with status {processes[rank].exitcode}") from None
             assert error is None, f"rank {rank} of {len(pipes)} failed:\n{error}"
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
@@ -83,10 +85,11 @@ def _one_rank(
     try:
         value = function(*arguments)
     except BaseException:  # noqa: BLE001 - told to the test, which fails with it
-        pipe.send((traceback.format_exc(), None))
+        pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))
         pipe.close()
         return
-    pipe.send((None, value))
+    # By value: a tensor that multiprocessing sends lives in this process, which may have ended when it is fetched.
+    pipe.send_bytes(pickle.dumps((None, value)))
     # Gloo aborts where a rank leaves while another is still in a group.
     distributed.barrier()
     distributed.destroy_process_group()
