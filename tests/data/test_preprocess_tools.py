@@ -89,6 +89,20 @@ def test_mindspeed(tmp_path: Path) -> None:
     assert padded[0] == [[0, 101, 100]] and padded[2] == [[2, 2, 2, 101, 101, 100]]
 
 
+def test_subsets_count_their_own_rows(tmp_path: Path) -> None:
+    """A long row of one key takes the row at its place, empty ones aside, of the other; each subset counts anew."""
+    rows = [{"a": str(i) if i % 2 else "", "b": "1 2 3" if i == 7 else str(100 + i)} for i in range(12)]
+    source = write(tmp_path / "a.jsonl", rows)
+    argv = ("--input", source, "--compatible", "mindspeed", "--json-keys", "a", "b", "--seq-length", 3)
+    run(tmp_path, *argv)
+    run(tmp_path, *argv, "--n-subs", 2, name="two")
+    whole, two = (read(tmp_path / f"{name}_a_document") for name in ("out", "two"))
+    # Row 7 is the eighth of all, where `a` has six texts; it is the second of its subset, where `a` says 9.
+    assert whole == [[[i]] for i in (1, 3, 5, 7, 9, 11)]
+    assert two == [[[1]], [[3]], [[5]], [[7]], [], [[11]]]
+    assert read(tmp_path / "two_b_document") == read(tmp_path / "out_b_document")
+
+
 def test_pai(tiny_tokenizer_folder: Path, tmp_path: Path) -> None:
     """--load names the tokenizer; a sequence with an added token is left out without --extra-vocab-size."""
     tokenizer = HuggingFaceTokenizer(tiny_tokenizer_folder)
