@@ -62,7 +62,10 @@ class EvaluateConfig:
     )
     harness: bool = option(False, "--task names tasks of lm-evaluation-harness (pip install tessel[harness])")
     data_dir: tuple[str, ...] = option(
-        (), "with --harness, folders to read sets from: mmlu, ceval-valid, cmmlu, gsm8k", nargs="+", metavar="TASK=DIR"
+        (),
+        "with --harness, folders to read sets from: of mmlu, ceval-valid, cmmlu, or of a single task such as gsm8k",
+        nargs="+",
+        metavar="TASK=DIR",
     )
     loading: Loading
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -85,13 +88,27 @@ def validate_evaluate(cfg: EvaluateConfig) -> EvaluateConfig:
     check_loading(cfg.loading)
     _check_numbers(cfg)
     if cfg.harness:
-        return replace(cfg, task=tuple(name for word in cfg.task for name in word.split(",") if name))
+        return _for_harness(cfg)
     if cfg.data_dir:
         raise UsageError("--data-dir TASK=DIR belongs to --harness; without it, the folder is --data-path DIR.")
     cfg = _with_rule(replace(cfg, task=(_task_of(cfg.task),)))
     if cfg.data_path is None:
         raise UsageError(f"--task {cfg.task[0]} needs --data-path DIR with the set's files: nothing is downloaded.")
     return _check_prompts(cfg)
+
+
+def _for_harness(cfg: EvaluateConfig) -> EvaluateConfig:
+    if cfg.data_path is not None:
+        raise UsageError("--harness reads the folders of --data-dir TASK=DIR: give that instead of --data-path.")
+    names = [name for name in ("subjects", "max_eval_samples", "max_new_tokens", "eval_language") if getattr(cfg, name)]
+    if names or cfg.rule != "auto":
+        name = (names or ["rule"])[0].replace("_", "-")
+        raise UsageError(f"--{name} does nothing with --harness, whose tasks say that themselves: leave it out.")
+    if cfg.prompt_type not in (None, "hf") or cfg.prompt_type_path is not None:
+        raise UsageError("--harness knows the tokenizer's own template alone: give --prompt-type hf, or none.")
+    prompt_type = "hf" if cfg.hf_chat_template else cfg.prompt_type
+    tasks = tuple(name for word in cfg.task for name in word.split(",") if name)
+    return replace(cfg, task=tasks, prompt_type=prompt_type)
 
 
 def _task_of(words: tuple[str, ...]) -> str:

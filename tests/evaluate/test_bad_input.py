@@ -118,6 +118,13 @@ LOADING = Loading(load="somewhere")
         (lambda: EvaluateConfig(loading=LOADING, task=("mmlu",), prompt_type="qwen", data_path="x"), "--rule generate"),
         (lambda: EvaluateConfig(loading=LOADING, task=("mmlu",), limit=0, data_path="x"), "must be at least 1"),
         (lambda: EvaluateConfig(loading=LOADING, task=("mmlu",), data_dir=("mmlu=x",)), "belongs to --harness"),
+        (lambda: EvaluateConfig(loading=LOADING, task=("x",), harness=True, data_path="y"), "--data-dir TASK=DIR"),
+        (lambda: EvaluateConfig(loading=LOADING, task=("x",), harness=True, rule="choice"), "--rule does nothing"),
+        (
+            lambda: EvaluateConfig(loading=LOADING, task=("x",), harness=True, subjects=("y",)),
+            "--subjects does nothing",
+        ),
+        (lambda: EvaluateConfig(loading=LOADING, task=("x",), harness=True, prompt_type="qwen"), "template alone"),
         (lambda: EvaluateConfig(loading=LOADING, compare="x"), "needs --output DIR"),
     ],
 )
