@@ -40,16 +40,20 @@ class Adapter(nn.Module):
             return linear.product(x, bias)
         dropped = F.dropout(x, self.dropout, self.training)
         if self.magnitude is None:
-            return linear.product(x, bias) + F.linear(F.linear(dropped, self._a()), self.B) * self.scale
+            return linear.product(x, bias) + self._learned(dropped)
         # The length before is taken for a constant (DoRA, arXiv 2402.09353, section 4.3).
         factor = self.magnitude / self.lengths(linear.dense_weight()).to(self.magnitude.dtype)
         product = linear.product(x)
-        learned = F.linear(F.linear(dropped, self._a()), self.B) * self.scale
+        learned = self._learned(dropped)
         if self.dropout and self.training:
             y = product + (factor - 1) * linear.product(dropped) + factor * learned
         else:
             y = factor * (product + learned)
         return y if bias is None else y + bias
+
+    def _learned(self, x: Tensor) -> Tensor:
+        # The scale goes where there is least to multiply.
+        return F.linear(F.linear(x, self._a()) * self.scale, self.B)
 
     def _a(self) -> Tensor:
         weight = self._owner[0].A if self.A is None else self.A
@@ -86,8 +90,8 @@ class ExpertAdapter(nn.Module):
             return y_NO
         a = self._owner[0].A if self.A is None else self.A
         assert a is not None
-        inner_NR = grouped_linear(F.dropout(rows_NI, self.dropout, self.training), a, counts_X)
-        return y_NO + grouped_linear(inner_NR, self.B, counts_X) * self.scale
+        inner_NR = grouped_linear(F.dropout(rows_NI, self.dropout, self.training), a, counts_X) * self.scale
+        return y_NO + grouped_linear(inner_NR, self.B, counts_X)
 
 
 def attach_adapters(layers: nn.ModuleDict, spec: AdapterSpec) -> None:
