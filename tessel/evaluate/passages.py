@@ -107,8 +107,10 @@ def _is_chinese(name: str) -> bool:
 def _agieval_question(index: int, row: Mapping[str, Any], where: str) -> Question:
     if not row["options"]:
         return Question(index, str(row["question"]), (), str(row.get("answer", "")), row)
-    label = row["label"] if isinstance(row["label"], str) else "".join(row["label"] or [])
-    if not label or not set(label) <= set(_AGIEVAL_LETTERS[: len(row["options"])]):
+    # The set has labels such as "A B D", one with a full stop among its letters, and a question with none, which nobody
+    # answers rightly.
+    label = "".join(re.findall(r"[^\W\d_]", "".join(row["label"] or ())))
+    if not set(label) <= set(_AGIEVAL_LETTERS[: len(row["options"])]):
         raise TesselError(f"{where}: label {row['label']!r} is none of its {len(row['options'])} options. Mend it.")
     return Question(index, str(row["question"]), tuple(row["options"]), label, row)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,13 @@ def test_a_label_that_is_no_option(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "sat-math.jsonl", [{"question": "q", "options": ["(A)1", "(B)2"], "label": "C"}])
     with pytest.raises(TesselError, match="label 'C' is none of its 2 options"):
         passages.read_agieval(str(tmp_path), with_cloze=False)
+    labels: list[Any] = ["A B", ["A", "。"], [], "B"]
+    write_json_lines(
+        tmp_path / "sat-math.jsonl",
+        [{"question": "q", "options": ["(A)1", "(B)2"], "label": label} for label in labels],
+    )
+    (subject,), _ = passages.read_agieval(str(tmp_path), with_cloze=False)
+    assert [question.answer for question in subject.questions] == ["AB", "A", "", "B"]
 
 
 LOADING = Loading(load="somewhere")
