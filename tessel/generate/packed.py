@@ -38,7 +38,8 @@ class PackedLinear(Linear):
 
 def pack_weights(model: nn.Module) -> None:
     """For many texts together: put the weights of linear maps into blocks, one after another."""
-    if torch.backends.mkldnn.is_available():
+    # Operators of torch that it does not document: without them weights stay plain.
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         for owner, name, linear in _plain(model):
             setattr(owner, name, PackedLinear(linear))
 
