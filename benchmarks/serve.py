@@ -135,12 +135,12 @@ def offline(folder: str, num_running: int) -> None:
 class Clients:
     """Streams of some clients, counted and compared."""
 
-    def __init__(self, port: int, expected: list[str]) -> None:
-        self.port, self.expected = port, expected
+    def __init__(self, port: int, server_pid: int, expected: list[str]) -> None:
+        self.port, self.server_pid, self.expected = port, server_pid, expected
         self.texts = texts()
         self.bodies = [json.dumps(body).encode() for body in self.texts]
         self.order = itertools.cycle(range(NUM_TEXTS))
-        self.num_tokens, self.all_tokens, self.num_streams = 0.0, 0, 0
+        self.num_tokens, self.num_streams = 0.0, 0
         self.problems: list[str] = []
         self.until_s = 0.0
 
@@ -155,7 +155,6 @@ class Clients:
             head, content, in_turn = await self.read(reader)
             self.check(number, head, content)
             # A token that is a part of a character has no event, so that those within the turn are a share.
-            self.all_tokens += self.texts[number]["max_tokens"]
             self.num_tokens += self.texts[number]["max_tokens"] * in_turn / max(content.count(_EVENT), 1)
         writer.close()
 
@@ -187,24 +186,27 @@ class Clients:
 
     async def turn(self, num_clients: int, seconds: float) -> dict[str, Any]:
         """All clients for some seconds."""
-        self.num_tokens, self.all_tokens, self.num_streams = 0.0, 0, 0
+        self.num_tokens, self.num_streams = 0.0, 0
         self.problems = []
         started_s = time.perf_counter()
         self.until_s = started_s + seconds
+        before_s, cpu_s = cpu_seconds(self.server_pid), []
+        # What the last streams take after the turn, with a batch that empties, is not counted; nor are their tokens.
+        asyncio.get_running_loop().call_later(seconds, lambda: cpu_s.append(cpu_seconds(self.server_pid)))
         ended = await asyncio.gather(*(self.one() for _ in range(num_clients)), return_exceptions=True)
         self.problems += [repr(one) for one in ended if isinstance(one, BaseException)]
         return {
             "tokens": self.num_tokens,
             "wall_s": seconds,
-            "all_tokens": self.all_tokens,
+            "cpu_s": cpu_s[0] - before_s,
             "streams": self.num_streams,
             "problems": self.problems,
         }
 
 
-def clients(port: int, num_clients: int) -> None:
+def clients(port: int, server_pid: int, num_clients: int) -> None:
     """The first line of stdin is the texts that are due, each other one the seconds of a turn."""
-    ours = Clients(port, json.loads(sys.stdin.readline()))
+    ours = Clients(port, server_pid, json.loads(sys.stdin.readline()))
     for line in sys.stdin:
         print(json.dumps(asyncio.run(ours.turn(num_clients, float(line)))), flush=True)
 
@@ -267,16 +269,15 @@ def rounds_of(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, A
     """A dictionary of figures for each round."""
     batch = Side("offline", folder, options.clients)
     server, port = start_server(folder, options.clients)
-    load = Side("clients", port, options.clients)
+    load = Side("clients", port, server.pid, options.clients)
     load.tell(json.dumps(batch.hear()))
     seconds = options.seconds / options.rounds
     try:
         for _ in range(options.rounds):
             batch.tell(str(min(seconds, options.batch_seconds)))
-            alone, before_s = batch.hear(), cpu_seconds(server.pid)
+            alone = batch.hear()
             load.tell(str(seconds))
             served = load.hear()
-            served["cpu_s"] = cpu_seconds(server.pid) - before_s
             yield figures(served, alone, options.wall) | {"mib": resident_mib(server.pid)}
     finally:
         server.terminate()
@@ -289,10 +290,8 @@ def rounds_of(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, A
 
 def figures(served: dict[str, Any], alone: dict[str, float], wall: bool) -> dict[str, Any]:
     """Rates of a round, in tokens per second of the clock or of CPU time."""
-    if wall:
-        rate, rate_alone = served["tokens"] / served["wall_s"], alone["tokens"] / alone["wall_s"]
-    else:
-        rate, rate_alone = served["all_tokens"] / served["cpu_s"], alone["tokens"] / alone["cpu_s"]
+    unit = "wall_s" if wall else "cpu_s"
+    rate, rate_alone = served["tokens"] / served[unit], alone["tokens"] / alone[unit]
     return served | {"rate": rate, "alone": rate_alone, "ratio": rate / rate_alone}
 
 
@@ -332,6 +331,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["offline"]:
         offline(sys.argv[2], int(sys.argv[3]))
     elif sys.argv[1:2] == ["clients"]:
-        clients(int(sys.argv[2]), int(sys.argv[3]))
+        clients(*map(int, sys.argv[2:5]))
     else:
         raise SystemExit(main())
