@@ -26,14 +26,17 @@ DOCUMENTS = (
     "docs/LAYOUTS.md",
     "docs/CLUSTER.md",
     "docs/CHECKPOINTS.md",
+    "docs/ASCEND.md",
     "docs/MIGRATION.md",
     "docs/RECIPES.md",
     "docs/FAQ.md",
     "docs/STATUS.md",
 )
 FLAG = re.compile(r"--[a-z][a-z0-9-]+")
-# Of torchrun, Slurm and pytest.
-FOREIGN = re.compile(r"--(rdzv|ntasks|gpus|cpus|nodes|job-name|time|signal|requeue|standalone|shutdown|layouts-)")
+# Of torchrun, Slurm, docker and pytest.
+FOREIGN = re.compile(
+    r"--(privileged|rdzv|ntasks|gpus|cpus|nodes|job-name|time|signal|requeue|standalone|shutdown|layouts-)"
+)
 # What a misspelt flag looks like.
 MISSPELT = {"--gloabl-batch-size"}
 # In place of the file that the commands read.

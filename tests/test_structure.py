@@ -52,6 +52,7 @@ LIGHT = (
     "report",
     "download",
     "drop_in",
+    "runtime.ascend",
     "runtime.log",
     "runtime.files",
     "runtime.versions",
@@ -68,6 +69,7 @@ VENDOR_WORDS = ("cuda", "npu", "nccl", "hccl", "nvidia", "ascend", "cudnn")
 # Where the user's own words for a device are declared and explained.
 VENDORS_ALLOWED = {
     "runtime/device.py",
+    "runtime/ascend.py",
     # The vendor's own operators, and nothing that decides where they run.
     "model/vendor.py",
     "config/run.py",

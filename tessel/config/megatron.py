@@ -85,7 +85,7 @@ def _later(what: str, flags: str) -> dict[str, str]:
 
 ACCEPTED: dict[str, Accepted] = {
     **_accepted("there is one model implementation", "--use-mcore-models --transformer-impl=1 --spec=*"),
-    **_accepted("kernels are chosen here by --attention-backend and --compile", (
+    **_accepted("the best kernels that the device has are always taken, and the log names them", (
         "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb --use-fused-mlp "
         "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
         "--no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --cross-entropy-loss-fusion "

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tessel import __version__
 from tessel.config.verbs import DoctorConfig
+from tessel.errors import TesselError
 from tessel.report.facts import Report, bytes_text
 from tessel.runtime.versions import untested
 
@@ -66,6 +67,7 @@ def examine() -> Report:
         "memory": _memory(),
         "disk": {"folder": os.getcwd(), "free_bytes": shutil.disk_usage(".").free},
         "accelerator": _accelerator() if versions["torch"] is not None else None,
+        "vendor": _vendor() if versions["torch"] is not None else None,
     }
     missing = [need for need in NEEDS if versions[need.package] is None]
     data["missing"] = [
@@ -113,13 +115,25 @@ def _available_bytes() -> int | None:
     return None
 
 
+def _vendor() -> dict[str, Any] | None:
+    """Versions of the software that a vendor's devices need beside torch, and what is wrong with it."""
+    from tessel.runtime import device as devices
+
+    report = devices.vendor_report()
+    return None if report is None else {"installed": report[0], "problems": report[1]}
+
+
 def _accelerator() -> dict[str, Any]:
-    """The device that `--device auto` takes."""
+    """The device that `--device auto` takes, or why it cannot be taken."""
     import torch
 
     from tessel.runtime import device as devices
 
-    device = devices.resolve("auto")
+    try:
+        device = devices.resolve("auto")
+    except TesselError as error:
+        return {"device": "none", "description": str(error), "num_devices": 0,
+                "flash_attention": None, "flash_attention_reason": "no device"}  # fmt: skip
     available, reason = devices.flash_attention_available(device)
     return {
         "device": str(device),
@@ -163,12 +177,15 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("device", accelerator["description"]))
         flash = accelerator["flash_attention"] or f"no: {accelerator['flash_attention_reason']}"
         facts.append(("FlashAttention", flash))
+    if data["vendor"] is not None:
+        facts += list(data["vendor"]["installed"].items())
     return facts
 
 
 def _tail(data: dict[str, Any], missing: Sequence[Need]) -> list[str]:
     required = [need for need in missing if need.extra is None]
     lines = [f"warning: {sentence}" for sentence in data["warnings"]]
+    lines += [f"device: {sentence}" for sentence in (data["vendor"] or {"problems": []})["problems"]]
     lines += [
         f"missing: {need.package}, which {', '.join(need.verbs)} need{'s' if len(need.verbs) == 1 else ''} "
         f"({need.what}): {_install(need)}"

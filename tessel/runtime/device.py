@@ -16,51 +16,10 @@ from pathlib import Path
 import torch
 
 from tessel.errors import TesselError, UsageError
+from tessel.runtime import ascend
+from tessel.runtime.peaks import FLOPS_16BIT, FLOPS_32BIT
 from tessel.runtime.world import World
 
-# Dense 16-bit (fp16 and bf16 are alike) FLOP/s by a part of the device's name, the more special first.
-# NVIDIA: data sheets, without sparsity. Ascend: Huawei's figures for the 910B family.
-_PEAK_FLOPS_16BIT = {
-    "B300": 2.25e15,
-    "B200": 2.25e15,
-    "GH200": 989.5e12,
-    "H200": 989.5e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.5e12,
-    "H800": 989.5e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A30": 165e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "Ascend910B1": 414e12,
-    "Ascend910B2": 376e12,
-    "Ascend910B3": 313e12,
-    "Ascend910B4": 280e12,
-}
-# fp32 without TF32, of the devices whose fp32 runs are likely.
-_PEAK_FLOPS_32BIT = {
-    "GH200": 66.9e12,
-    "H200": 66.9e12,
-    "H100 PCIe": 51.2e12,
-    "H100": 66.9e12,
-    "H800": 66.9e12,
-    "A100": 19.5e12,
-    "A800": 19.5e12,
-    "RTX 4090": 82.6e12,
-    "V100": 15.7e12,
-    "T4": 8.1e12,
-}
 _ACCELERATORS = ("cuda", "npu")
 KINDS = {"cpu": "CPU", "cuda": "NVIDIA GPU", "npu": "Ascend NPU"}
 """The names of devices' types in reports."""
@@ -68,9 +27,42 @@ _SAMPLE_INTERVAL_S = 0.05
 
 
 def load_plugins() -> None:
-    """Import the vendor's torch plugin where one is installed: until then torch does not know its device."""
+    """Import the vendor's torch plugin where one is installed: until then torch does not know its device.
+
+    Raises:
+        TesselError: it cannot be imported, as where CANN's libraries are not found.
+    """
     if importlib.util.find_spec("torch_npu") is not None:
-        importlib.import_module("torch_npu")
+        try:
+            importlib.import_module("torch_npu")
+        except (ImportError, RuntimeError) as error:
+            raise TesselError(
+                f"torch_npu is installed and cannot be imported ({(str(error).splitlines() or [''])[0]}). Source "
+                "CANN's set_env.sh (`tessel doctor` names it), or take --device cpu."
+            ) from error
+
+
+def environment_remarks(device: torch.device) -> list[str]:
+    """What of the environment variables of other suites' guides does nothing on this device."""
+    return ascend.remarks(device.type == "npu")
+
+
+def vendor_report() -> tuple[dict[str, str], list[str]] | None:
+    """What of the vendor's software is installed, and what stands in the way; None where nothing asks for it."""
+    try:
+        plugin = metadata.version("torch_npu")
+    except metadata.PackageNotFoundError:
+        plugin = None
+    if plugin is None and not ascend.has_devices():
+        return None
+    return ascend.installed(), ascend.problems(plugin, str(torch.__version__))
+
+
+def compile_refusal(device: torch.device) -> str | None:
+    """Why torch.compile stays off on this device; None where it may be used."""
+    if device.type != "npu":
+        return None
+    return "--compile is off: torch.compile needs torchair on Ascend NPUs, which tessel does not drive"
 
 
 def resolve(name: str, world: World | None = None) -> torch.device:
@@ -256,7 +248,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     0.3 s, once in a process): MFU then says how near training comes to this machine's own GEMM.
     """
     if device.type != "cpu":
-        table = _PEAK_FLOPS_16BIT if dtype.itemsize == 2 else _PEAK_FLOPS_32BIT
+        table = FLOPS_16BIT if dtype.itemsize == 2 else FLOPS_32BIT
         name = _name(device)
         for part, flops in table.items():
             if part in name:

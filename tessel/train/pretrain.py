@@ -61,6 +61,8 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
         processes = stack.enter_context(process_group(device, cfg.launch.distributed_timeout_minutes, world))
         found = processes.together(look)
         log(f"device: {devices.describe(device)}")
+        for line in devices.environment_remarks(device):
+            log(line)
         if world.world_size > 1:
             log(f"layout: {found.topology.describe()}")
         log(found.source.describe())

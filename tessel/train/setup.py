@@ -46,6 +46,7 @@ from tessel.parallel.overlap import enable_overlap
 from tessel.parallel.peers import Peers
 from tessel.parallel.pipeline import PipelineRunner
 from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
+from tessel.runtime.device import compile_refusal
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
 from tessel.train import foreign, frugal
@@ -94,7 +95,7 @@ def build_learner(
     if cfg.layout.tp_comm_overlap:
         log(
             enable_overlap(
-                device, None if groups is None else groups.tp, cfg.layout.sequence_parallel, cfg.kernels.compile
+                device, None if groups is None else groups.tp, cfg.layout.sequence_parallel, _compiles(cfg, device)
             )
         )
     parts = parallelize(
@@ -104,7 +105,7 @@ def build_learner(
         stages,
         cfg.layout,
         lambda parts: _load_all(parts, tiles, model_config, source, cfg, device, adapting),
-        cfg.kernels.compile,
+        _compiles(cfg, device),
         _sharding(cfg, groups, dtype, device, stack),
         _hold(model_config, tiles, dtype),
     )
@@ -154,12 +155,20 @@ def build_reference(
         stages,
         cfg.layout,
         lambda parts: _load_weights(parts, tiles, plain, source, cfg, device),
-        cfg.kernels.compile,
+        _compiles(cfg, device),
         _sharding(cfg, groups, dtype, device, stack),
     )
     for part in parts:
         part.eval()
     return _runner(cfg, parts, stages, groups)
+
+
+def _compiles(cfg: RunConfig, device: torch.device) -> bool:
+    """Whether layers are compiled: where it is asked for, and the device can."""
+    refusal = compile_refusal(device) if cfg.kernels.compile else None
+    if refusal is not None:
+        warn_once(refusal)
+    return cfg.kernels.compile and refusal is None
 
 
 def _hold(
