@@ -221,7 +221,8 @@ class KeyValueCache:
         """Free a row. The text in the last one moves there: texts without gaps between them attend in one call."""
         last = max((text for text in self._texts.values() if text.bucket is bucket), key=_row_of, default=None)
         if last is not None and last.row > row:
-            self._copy(last, _Text(bucket, row), last.num_tokens)
+            if last.num_tokens:  # one without tokens may be beyond the buffers, which grow when they are written to
+                self._copy(last, _Text(bucket, row), last.num_tokens)
             row, last.row = last.row, row
         bucket.free.append(row)
 

@@ -12,6 +12,7 @@ import torch
 
 from tessel.errors import TesselError
 from tessel.generate.batcher import Batcher
+from tessel.generate.cache import KeyValueCache
 from tessel.generate.engine import generate_tokens, load_model
 from tessel.generate.request import Event, Request
 from tessel.generate.sampling import GREEDY, Sampling
@@ -177,3 +178,16 @@ def test_a_transformer_is_a_model(tiny_hf_folder: MakeFolder) -> None:
     assert batcher.step() == []
     (events,) = run(batcher, [Request((1,), GREEDY, 0)]).values()
     assert events == [Event(0, finish="length")]
+
+
+def test_a_text_without_tokens_moves_where_a_row_is_freed() -> None:
+    cache = KeyValueCache()
+    first = cache.open()
+    cache.stage([(first, 1)])
+    cache.attend(0, torch.ones(1, 1, 2, 4), torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4), None)
+    cache.commit()
+    later = [cache.open() for _ in range(3)]
+    cache.close(first)
+    cache.stage([(slot, 1) for slot in later])
+    out = cache.attend(0, torch.ones(1, 3, 2, 4), torch.ones(1, 3, 1, 4), torch.ones(1, 3, 1, 4), None)
+    assert out.shape == (1, 3, 2, 4) and torch.equal(out, torch.ones_like(out))
