@@ -84,7 +84,8 @@ def _packed(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lengths: tuple[int, 
 @functools.cache
 def _causal(device: torch.device) -> Tensor:
     """True above the diagonal: what is hidden, as this operator wants it."""
-    return torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device).triu(1)
+    with torch.inference_mode(False):  # it outlives a generation, and training keeps it for backward
+        return torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device).triu(1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
