@@ -151,6 +151,11 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("the optimizer is torch's on every device", "--use-torch-optimizer-for-cpu-offload"),
     **_accepted("one parameter's state after the other", "--swap-optimizer-times=1"),
     **{flag: row for reason, flags in SUITES_ACCEPTED.items() for flag, row in _accepted(reason, flags).items()},
+    **_accepted("--profile is torch's own profiler, and records every operator and kernel", (
+        "--use-pytorch-profiler --profile-level=1"
+    )),
+    **_accepted("nothing but the trace and the table is written", "--profile-data-simplification"),
+    "--profile-export-type": Accepted(1, "a Chrome trace is written", only=("text",)),
     "--ai-framework": Accepted(1, "tessel runs on PyTorch", only=("pytorch",)),
     "--sparse-mode": Accepted(1, "always causal", only=("0", "2")),
     "--cp-attention-mask-type": Accepted(1, "masks follow from the documents"),
@@ -271,10 +276,12 @@ LATER_FAMILIES: tuple[tuple[str, str], ...] = (
     ("--lu-lora-", "LoRA"),
     ("--fp8-", "fp8 training (use --bf16)"),
     ("--fp4-", "fp4 training (use --bf16)"),
-    ("--profile", "profiling"),
-    ("--use-pytorch-profiler", "profiling"),
-    ("--use-nsys-profiler", "profiling"),
-    ("--pytorch-profiler-", "profiling"),
+    (
+        "--profile",
+        "this part of profiling (--profile-with-cpu, -stack and -memory and --profile-record-shapes are there)",
+    ),
+    ("--use-nsys-profiler", "profiling by another program (--profile is there)"),
+    ("--pytorch-profiler-", "this part of profiling (--profile-with-stack and --profile-record-shapes are there)"),
     ("--dpo-", "preference optimisation"),
     ("--rl-", "reinforcement learning"),
     ("--grpo-", "reinforcement learning"),

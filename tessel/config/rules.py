@@ -13,6 +13,7 @@ from tessel.config.finetune_rules import FINETUNE_RULES
 from tessel.config.launch_rules import LAUNCH_RULES
 from tessel.config.layout_rules import LAYOUT_RULES
 from tessel.config.memory_rules import MEMORY_RULES
+from tessel.config.profiling_rules import check_profiling
 from tessel.config.run import RunConfig
 from tessel.config.schema import flag_of, options, read
 from tessel.errors import UsageError
@@ -319,6 +320,7 @@ RULES: tuple[Rule, ...] = (
     check_recomputation,
     check_checkpoint,
     check_experts,
+    check_profiling,
     *LAUNCH_RULES,
     *LAYOUT_RULES,
     *MEMORY_RULES,

@@ -16,6 +16,7 @@ from tessel.config.finetune import FineTune
 from tessel.config.layout import Launch, Layout
 from tessel.config.lora import Lora
 from tessel.config.memory import Memory
+from tessel.config.profiling import Profiling
 from tessel.config.tokenizer import Tokenizer
 
 
@@ -333,6 +334,7 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
+    profiling: Profiling = field(default_factory=Profiling)
     layout: Layout = field(default_factory=Layout)
     launch: Launch = field(default_factory=Launch)
     runtime: Runtime = field(default_factory=Runtime)

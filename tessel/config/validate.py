@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from tessel.config.context import resolved_context
@@ -56,6 +56,8 @@ def advice(cfg: RunConfig, given: Collection[str]) -> list[str]:
     if not cfg.memory.optimizer_cpu_offload:
         offloading = ("overlap_cpu_optimizer_d2h_h2d", "no_pin_cpu_grads", "no_pin_cpu_params")
         idle += [(name, "--optimizer-cpu-offload") for name in offloading]
+    if not cfg.profiling.profile:
+        idle += [(f.name, "--profile") for f in fields(cfg.profiling) if f.name != "profile"]
     if not cfg.kernels.manual_gc:
         idle += [("manual_gc_interval", "--manual-gc")]
     if cfg.schedule.lr_decay_style != "WSD":

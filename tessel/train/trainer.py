@@ -24,6 +24,7 @@ from tessel.train.evaluation import Evaluator
 from tessel.train.learner import Learner
 from tessel.train.metrics import LM_LOSS, StepMetrics, TrainingLog
 from tessel.train.optimizer import learning_rates
+from tessel.train.profiling import Profiler
 from tessel.train.progress import RunProgress
 from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler
@@ -82,12 +83,13 @@ class Trainer:
             _garbage_collection(parts.cfg.kernels.manual_gc),
             signals_stop(self._stop),
             RunProgress(parts.train_iters, self.position.iteration) as progress,
+            Profiler(parts.cfg, parts.device, parts.processes.world, self.position.iteration) as profiler,
         ):
-            reason = self._loop(progress)
+            reason = self._loop(progress, profiler)
         log(metrics.datetime_line("after training is done" if reason is None else "exiting program"))
         return reason
 
-    def _loop(self, progress: RunProgress) -> str | None:
+    def _loop(self, progress: RunProgress, profiler: Profiler) -> str | None:
         parts, position = self._parts, self.position
         last_size = parts.batch_size.at(position.consumed_samples)
         clock_s = time.perf_counter()
@@ -96,7 +98,8 @@ class Trainer:
             if size != last_size:
                 self._save(parts.saver.on_new_batch_size)
                 last_size = size
-            result = self._train_on(self._fetch(size), size)
+            with profiler.iteration(position.iteration + 1):
+                result = self._train_on(self._fetch(size), size)
             position.iteration += 1
             position.consumed_samples += size
             now_s = time.perf_counter()

@@ -134,6 +134,12 @@ BROKEN = {
     "recompute_granularity=full recompute_method=block": "--recompute-granularity full needs --recompute-method",
     "recompute_method=block": "--recompute-method is for --recompute-granularity full",
     "recompute_granularity=selective recompute_num_layers=1": "--recompute-num-layers is for --recompute-gran",
+    # Profiling.
+    "profile profile_step_start=-2": "--profile-step-start is -2: iterations count from 1",
+    "profile profile_step_end=10": "--profile-step-end 10 must be more than --profile-step-start 10",
+    "profile profile_step_start=0 profile_step_end=1": "--profile-step-end 1 must be more than",
+    "profile train_iters=5": "--profile-step-start 10 is beyond --train-iters 5: nothing would be recorded",
+    "profile profile_ranks=-2": "--profile-ranks -2 is no rank",
     # Checkpoints.
     "-load init_from_config=d finetune": "--finetune takes the weights of --load, which is not given",
     "-load init_from_config=d ckpt_step=5": "--ckpt-step 5 is an iteration of --load, which is not given",
