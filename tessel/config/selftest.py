@@ -20,7 +20,7 @@ class SelftestConfig:
     model: str | None = option(
         None,
         "time the matrix products and the attention of this model: a Hugging Face folder, its config.json, or a name "
-        "such as Qwen2.5-7B; a small shape on a CPU and Qwen2.5-7B elsewhere if not given",
+        "such as Qwen2.5-7B; Qwen2.5-0.5B on a CPU and Qwen2.5-7B elsewhere if not given",
         metavar="DIR|NAME",
     )
     output: str | None = option(None, "JSON to write: the report, as it can be sent to others", metavar="FILE")
