@@ -57,6 +57,7 @@ class EvaluateConfig:
     )
     seed: int = option(42, "seed of which solved questions --prompt-type shows")
     allow_code_execution: bool = option(False, "run the programs that the model writes for human_eval")
+    suite_table: bool = option(False, "print the figures as MindSpeed-LLM's evaluation.py does")
     compare: str | None = option(
         None, "folder of another --output: compare with it, question by question, by a paired test", metavar="DIR"
     )
@@ -100,7 +101,11 @@ def validate_evaluate(cfg: EvaluateConfig) -> EvaluateConfig:
 def _for_harness(cfg: EvaluateConfig) -> EvaluateConfig:
     if cfg.data_path is not None:
         raise UsageError("--harness reads the folders of --data-dir TASK=DIR: give that instead of --data-path.")
-    names = [name for name in ("subjects", "max_eval_samples", "max_new_tokens", "eval_language") if getattr(cfg, name)]
+    names = [
+        name
+        for name in ("subjects", "max_eval_samples", "max_new_tokens", "eval_language", "suite_table")
+        if getattr(cfg, name)
+    ]
     if names or cfg.rule != "auto":
         name = (names or ["rule"])[0].replace("_", "-")
         raise UsageError(f"--{name} does nothing with --harness, whose tasks say that themselves: leave it out.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,22 @@ _DEMOS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling")
 _PROMPT = "how are you?"
 _GENERATION_DEFAULTS = {"--top-p": "0.95", "--top-k": "50", "--temperature": "0.7"}
 _PRECISIONS = ("--bf16", "--fp16", "--fp32")
-_DTYPES = {"bfloat16": "--bf16", "float16": "--fp16"}
+_DTYPES = {"bfloat16": "--bf16", "float16": "--fp16", "float32": "--fp32"}
+_OF_THE_HARNESS = {
+    "--model": "",
+    "--model-args": "",
+    "--tasks": "",
+    "--trust-remote-code": "",
+    "--log-samples": "",
+    "--batch-size": "--batch-size",
+    "--num-fewshot": "--num-fewshot",
+    "--limit": "--limit",
+    "--output-path": "--output",
+    "--device": "--device",
+    "--apply-chat-template": "--hf-chat-template",
+}
+"""Flag of lm_eval -> that of `tessel evaluate`; "": it is read here, or done anyway."""
+_MODEL_ARGS = ("pretrained", "trust_remote_code", "dtype")
 _OF_DIALOGUES = ("--history-turns",)
 
 
@@ -50,6 +66,7 @@ def evaluation(suite: str, arguments: Arguments) -> Translation:
     rest = arguments.without("--task", "--task-data-path")
     if not rest.has("--rule"):
         rest = rest.plus("--rule", "generate")
+    rest = rest.plus("--suite-table")
     commands = []
     for index, task in enumerate(tasks or ("",)):
         words = ["--task", task] if task else []
@@ -60,25 +77,60 @@ def evaluation(suite: str, arguments: Arguments) -> Translation:
 
 
 def harness(suite: str, arguments: Arguments) -> Translation:
-    """`lm_eval --model hf` of the harness that Pai bundles: each task by likelihood, on a folder of its name nearby.
+    """`lm_eval --model hf` of the harness that Pai bundles, on a folder of each task's name nearby.
+
+    The installed harness does it; where there is none, tessel's own rule, whose prompts and scores are the same.
 
     Raises:
-        UsageError: another kind of model, or no folder of questions.
+        UsageError: another kind of model, no folder of questions, or a setting that has no place here.
     """
     del suite
+    _check_harness(arguments)
     if arguments.value("--model") not in (None, "hf"):
         raise UsageError(f"--model {arguments.value('--model')}: tessel evaluates local models, --model hf.")
     model = dict(part.partition("=")[::2] for part in (arguments.value("--model-args") or "").split(","))
     if not model.get("pretrained"):
         raise UsageError("--model_args needs pretrained=DIR, the model's folder.")
-    remarks = ["trust_remote_code is left out: code of a model's folder is never run"] * ("trust_remote_code" in model)
+    remarks = []
+    if "trust_remote_code" in model or arguments.has("--trust-remote-code"):
+        remarks.append("trust_remote_code is left out: code of a model's folder is never run")
+    tasks = (arguments.value("--tasks") or "").split(",")
+    words = ["--load", model["pretrained"]]
+    for flag, own in _OF_THE_HARNESS.items():
+        if own and arguments.has(flag) and arguments.value(flag) != "auto":
+            words += [
+                own,
+                *(value.partition(":")[0] if own == "--device" else value for value in arguments.values(flag)),
+            ]
+    if model.get("dtype") in _DTYPES:
+        words.append(_DTYPES[model["dtype"]])
+    rest = _with_precision(Arguments.read(words))
+    if _has_harness():
+        folders = [f"{task}={_questions(task)}" for task in tasks]
+        return Translation(
+            (Command("evaluate", rest.plus("--harness", "--task", *tasks, "--data-dir", *folders)),), tuple(remarks)
+        )
+    remarks.append("lm-eval is not installed (pip install tessel[harness]): tessel asks the same questions by itself")
     commands = []
-    for task in (arguments.value("--tasks") or "").split(","):
-        words = ["--load", model["pretrained"], "--task", task, "--rule", "choice", "--data-path", _questions(task)]
-        if arguments.has("--batch-size"):
-            words += ["--batch-size", *arguments.values("--batch-size")]
-        commands.append(Command("evaluate", _with_precision(Arguments.read(words))))
+    for task in tasks:
+        words = ["--task", task, "--rule", "choice", "--data-path", _questions(task)]
+        commands.append(Command("evaluate", rest.plus(*words)))
     return Translation(tuple(commands), tuple(remarks))
+
+
+def _has_harness() -> bool:
+    return importlib.util.find_spec("lm_eval") is not None
+
+
+def _check_harness(arguments: Arguments) -> None:
+    wrong = [given.flag for given in arguments.given if given.flag not in _OF_THE_HARNESS]
+    model = dict(part.partition("=")[::2] for part in (arguments.value("--model-args") or "").split(","))
+    wrong += [f"--model_args {name}" for name in model if name and name not in _MODEL_ARGS]
+    if wrong:
+        raise UsageError(
+            f"lm_eval {wrong[0]} has no place here: tessel takes {', '.join(_OF_THE_HARNESS)}, and "
+            f"{', '.join(_MODEL_ARGS)} in --model-args. tessel evaluate --harness has more."
+        )
 
 
 def _questions(task: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tessel.evaluate.compare import compare, describe, write_comparison
 from tessel.evaluate.exam import Item, make_exam
 from tessel.evaluate.items import ChoiceItem, Key, Outcome, TextItem
 from tessel.evaluate.replica import Replica
-from tessel.evaluate.results import summarize, table, write_results
+from tessel.evaluate.results import suite_table, summarize, table, write_results
 from tessel.evaluate.scorer import Scorer
 from tessel.generate.load import Opened, open_for_use
 from tessel.runtime import watchdog
@@ -86,15 +86,20 @@ def _evaluated(cfg: EvaluateConfig, opened: Opened) -> dict[str, Any]:
     results = summarize([everything[key] for key in keys], exam.categories, about)
     _say(f"{len(left):,} questions in {time.perf_counter() - started_s:.1f} s; {work.describe()}")
     if voice.is_heard:
-        _show(results, folder, [everything[key] for key in keys])
+        _show(results, folder, [everything[key] for key in keys], suite_table if cfg.suite_table else table)
     return results
 
 
-def _show(results: Mapping[str, Any], folder: Path | None, outcomes: Sequence[Outcome]) -> None:
+def _show(
+    results: Mapping[str, Any],
+    folder: Path | None,
+    outcomes: Sequence[Outcome],
+    lines: Callable[[Mapping[str, Any]], list[str]],
+) -> None:
     if folder is not None:
         store.write_all(folder, outcomes)
         write_results(folder, results)
-    for line in table(results):
+    for line in lines(results):
         log(line)
 
 

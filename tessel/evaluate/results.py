@@ -118,6 +118,19 @@ def table(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def suite_table(results: Mapping[str, Any]) -> list[str]:
+    """Lines for the terminal as MindSpeed-LLM's evaluation.py has them: the whole, then a table of the subjects."""
+    total = results["total"]
+    rows = [("", "subject", "question_n", "acc")]
+    parts = [*results["subjects"].items(), ("total", total)]
+    rows += [(str(i), name, str(part["questions"]), f"{part['accuracy']:.6f}") for i, (name, part) in enumerate(parts)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        f"{results['task']} acc = {total['correct']}/{total['questions']}={total['accuracy']}",
+        *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
+    ]
+
+
 def _row(name: str, category: str, part: Mapping[str, Any]) -> tuple[str, ...]:
     row = (
         name,

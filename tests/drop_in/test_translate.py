@@ -142,13 +142,24 @@ def test_the_harness_that_pai_bundles(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "harness").mkdir()
     monkeypatch.chdir(tmp_path / "harness")
     line = "--model hf --model_args pretrained=back,trust_remote_code=True --tasks cmmlu,ceval-valid --batch_size 16"
+    monkeypatch.setattr("tessel.drop_in.use._has_harness", lambda: True)
     done = translate("pai", "lm_eval", line.split())
     assert [" ".join(command.arguments.argv) for command in done.commands] == [
-        "--load back --task cmmlu --rule choice --data-path ../cmmlu --batch-size 16",
-        "--load back --task ceval-valid --rule choice --data-path ../ceval --batch-size 16",
+        "--load back --batch-size 16 --harness --task cmmlu ceval-valid --data-dir cmmlu=../cmmlu ceval-valid=../ceval"
     ]
     assert done.remarks == ("trust_remote_code is left out: code of a model's folder is never run",)
+    (command,) = translate("pai", "lm_eval", f"{line} --device cuda:0 --limit 5".split()).commands
+    assert (command.arguments.value("--device"), command.arguments.value("--limit")) == ("cuda", "5")
+    monkeypatch.setattr("tessel.drop_in.use._has_harness", lambda: False)
+    done = translate("pai", "lm_eval", line.split())
+    assert [" ".join(command.arguments.argv) for command in done.commands] == [
+        "--load back --batch-size 16 --task cmmlu --rule choice --data-path ../cmmlu",
+        "--load back --batch-size 16 --task ceval-valid --rule choice --data-path ../ceval",
+    ]
+    assert "lm-eval is not installed" in done.remarks[1]
     for wrong, message in (
+        (line + " --use_cache x", "--use-cache has no place here"),
+        (line.replace("pretrained=back", "pretrained=back,peft=a"), "--model_args peft has no place here"),
         (line.replace("cmmlu,", "mmlu,"), "there is no folder mmlu here or beside"),
         (line.replace("--model hf", "--model vllm"), "--model hf"),
         (line.replace("pretrained=back,", ""), "needs pretrained=DIR"),
