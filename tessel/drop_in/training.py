@@ -19,7 +19,7 @@ _MAY_DIFFER = ("--norm-epsilon", "--layernorm-epsilon", "--rotary-base")
 def training(suite: str, arguments: Arguments) -> Translation:
     """Train as the suite's program would: from the same start, on the same data, with its own format beside hf/."""
     remarks: list[str] = []
-    for step in (_start, _data, _model, _saving):
+    for step in (_start, _data, _model, _machines, _saving):
         arguments, said = step(suite, arguments)
         remarks += said
     if not arguments.has("--attention-dropout") or not arguments.has("--hidden-dropout"):
@@ -83,11 +83,23 @@ def _model(suite: str, arguments: Arguments) -> tuple[Arguments, list[str]]:
     return arguments, remarks
 
 
+def _machines(suite: str, arguments: Arguments) -> tuple[Arguments, list[str]]:
+    """--no-shared-storage, which scripts have for several machines, says nothing on one."""
+    del suite
+    is_alone = arguments.has("--nproc-per-node") and arguments.value("--nnodes") in (None, "1")
+    if not is_alone or not arguments.has("--no-shared-storage"):
+        return arguments, []
+    return arguments.without("--no-shared-storage"), ["--no-shared-storage is left out: this is one machine"]
+
+
 def _saving(suite: str, arguments: Arguments) -> tuple[Arguments, list[str]]:
     """The suite's own format, too, so that its other programs can read what was trained."""
     if not arguments.has("--save") or arguments.has("--ckpt-format"):
         return arguments, []
     name = _FORMATS[suite]
+    if arguments.has("--no-shared-storage"):
+        remark = f"with --no-shared-storage each machine keeps its part of a checkpoint: in no {name}, but in torch_dcp"
+        return arguments, [remark]
     return arguments.plus("--ckpt-format", name), [f"checkpoints are saved in the suite's format {name}, and hf/ last"]
 
 

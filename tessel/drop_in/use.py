@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def generation(suite: str, arguments: Arguments) -> Translation:
     if not arguments.has("--task") and not _has_template(arguments):
         tasks = _DEMOS
         remarks.append("no chat: neither --prompt-type nor the tokenizer's folder says how dialogues are written")
-    rest = _with_precision(arguments.without("--task", "--max-length"))
+    rest, said = _of_one_replica(_with_precision(arguments.without("--task", "--max-length")))
+    remarks += said
     for flag, value in _GENERATION_DEFAULTS.items():
         if not rest.has(flag):
             rest = rest.plus(flag, value)
@@ -55,6 +57,21 @@ def generation(suite: str, arguments: Arguments) -> Translation:
         prompt = () if own.has("--prompt") or own.has("--prompt-file") else ("--prompt", _PROMPT)
         commands.append(Command("generate", own.plus("--task", task, *prompt)))
     return Translation(tuple(commands), tuple(remarks))
+
+
+def _of_one_replica(arguments: Arguments) -> tuple[Arguments, list[str]]:
+    """As many processes as one model is cut for: the suites' others write the same texts once more."""
+    degrees = [
+        arguments.value(flag) or "1" for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
+    ]
+    number = arguments.value("--nproc-per-node")
+    if number is None or not all(word.isdecimal() for word in (number, *degrees)):
+        return arguments, []
+    needed = math.prod(map(int, degrees))
+    if int(number) <= needed or arguments.value("--nnodes") not in (None, "1"):
+        return arguments, []
+    remark = f"{needed} of {number} processes: a text is written once, and the model is cut for so many"
+    return arguments.without("--nproc-per-node").plus("--nproc-per-node", str(needed)), [remark]
 
 
 def evaluation(suite: str, arguments: Arguments) -> Translation:

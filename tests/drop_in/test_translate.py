@@ -125,6 +125,25 @@ def test_generation_has_the_suites_demonstrations(tiny_hf_folder: Callable[..., 
     assert translate("mindspeed", "inference.py", ["--task", "chat"]).commands[0].verb == "chat"
 
 
+def test_generation_takes_the_processes_of_one_model() -> None:
+    line = "--task greedy --load m --nproc-per-node 8 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+    _, arguments, said = one("mindspeed", "inference.py", line)
+    assert arguments.values("--nproc-per-node") == ("4",)
+    assert "4 of 8 processes" in said
+    _, arguments, _ = one("mindspeed", "inference.py", line.replace("node 8", "node 3"))
+    assert arguments.values("--nproc-per-node") == ("3",)
+
+
+def test_storage_of_one_machine_is_shared() -> None:
+    line = "--load m --save s --no-shared-storage --nproc-per-node 8 --nnodes 1"
+    _, arguments, said = one("mindspeed", "pretrain_gpt.py", line)
+    assert not arguments.has("--no-shared-storage") and arguments.value("--ckpt-format") == "torch"
+    assert "this is one machine" in said
+    _, arguments, said = one("mindspeed", "pretrain_gpt.py", line.replace("nnodes 1", "nnodes 2"))
+    assert arguments.has("--no-shared-storage") and not arguments.has("--ckpt-format")
+    assert "in torch_dcp" in said
+
+
 def test_evaluation_is_by_what_the_model_writes() -> None:
     line = "--task mmlu --task-data-path ./mmlu/test --evaluation-batch-size 4 --load m --broadcast --temperature 0.5"
     verb, arguments, said = one("mindspeed", "evaluation.py", line)
