@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-layouts test-oracle test-slow test-wheel test-gpu lint format bench install clean
+.PHONY: demo test test-layouts test-oracle test-slow test-guides test-wheel test-gpu lint format bench install clean
 
 install: $(STAMP)
 
@@ -34,6 +34,9 @@ test-oracle: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -n $(JOBS) --dist worksteal -m slow $(ARGS)
+
+test-guides: $(STAMP)
+	$(PYTEST) -m 'slow or not slow' tests/drop_in/test_guides.py tests/drop_in/test_evaluation.py $(ARGS)
 
 test-wheel: $(STAMP)
 	$(PYTEST) -m slow tests/test_wheel.py $(ARGS)
