@@ -241,6 +241,7 @@ class Batcher:
         if not 0 < length <= self._kept_tokens:
             self._cache.close(text.slot)
             return
+        self._cache.park(text.slot)
         self._kept.append(_Kept(text.slot, text.ids[:length].copy()))
         while sum(len(kept.ids) for kept in self._kept) > self._kept_tokens:
             self._cache.close(self._kept.pop(0).slot)

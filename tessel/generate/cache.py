@@ -140,6 +140,7 @@ class KeyValueCache:
 
     def __init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}
+        self._parked: dict[int, _Bucket] = {}  # each with the row of one slot
         self._texts: dict[int, _Text] = {}
         self._next = 0
         self._staged: list[tuple[int, int]] = []
@@ -157,6 +158,7 @@ class KeyValueCache:
     def close(self, slot: int) -> None:
         """Forget a slot; its room is used again."""
         text = self._texts.pop(slot)
+        self._parked.pop(slot, None)
         self._release(text.bucket, text.row)
 
     def fork(self, slot: int, num_tokens: int, room_tokens: int = 0) -> int:
@@ -167,6 +169,18 @@ class KeyValueCache:
         new = self.open(max(num_tokens, room_tokens))
         self._copy(source, self._texts[new], num_tokens)
         return new
+
+    def park(self, slot: int) -> None:
+        """Put a slot that is kept to be forked, and not to grow, out of the way of those that run.
+
+        It then has room for its own tokens alone, and those that run stay neighbours, which attend together.
+        """
+        text = self._texts[slot]
+        held = _Text(text.bucket, text.row, text.num_tokens)
+        text.bucket = self._parked[slot] = _Bucket(text.num_tokens)
+        text.row = text.bucket.take()
+        self._copy(held, text, held.num_tokens)
+        self._release(held.bucket, held.row)
 
     def reorder(self, slots: Sequence[int], sources: Sequence[int]) -> None:
         """Give `slots[i]` what `sources[i]`, one of the slots, held before: of beams, those that go on.
@@ -197,7 +211,7 @@ class KeyValueCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers, the unused part included."""
-        return sum(bucket.num_bytes for bucket in self._buckets.values())
+        return sum(bucket.num_bytes for bucket in (*self._buckets.values(), *self._parked.values()))
 
     def _bucket_for(self, num_tokens: int) -> _Bucket:
         length = _SHORTEST_TOKENS

@@ -4,17 +4,23 @@ A product of some rows with a large matrix spends most of its time on reordering
 kernel reads. oneDNN can be given a matrix in these blocks: with 4 to 16 rows a product is then about twice as fast.
 One row is best multiplied with a matrix by columns, where there are more rows than columns: long columns are added
 up instead of many short dot products. Either takes the place of the plain matrix, so memory stays the same.
+
+For every number of rows that it meets oneDNN compiles a kernel, which it keeps for as long as the process lives: some
+150 KiB for each shape of matrix. Prompts bring new numbers all the time, so products take a few numbers of rows alone.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessel.model.layers import Linear
 
 # oneDNN picks the blocks for so many rows; others take them, too.
 _ROWS = 32
+# Numbers of rows from each power of two to the next: on average one row in twenty is computed in vain.
+_STEPS_OF_ROWS = 8
 
 
 class PackedLinear(Linear):
@@ -28,12 +34,22 @@ class PackedLinear(Linear):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias, without what is learned beside it."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
-        return y
+        rows_NI = x.flatten(0, -2)
+        num_rows = len(rows_NI)
+        if (more := padded_rows(num_rows) - num_rows) > 0:
+            rows_NI = F.pad(rows_NI, (0, 0, 0, more))
+        y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(rows_NI, self.weight, bias, "none", [], "")
+        return y_NO[:num_rows].unflatten(0, x.shape[:-1])
 
     def dense_weight(self) -> Tensor:
         """The weight as numbers."""
         return self.weight.detach().to_dense()
+
+
+def padded_rows(num_rows: int) -> int:
+    """How many rows a product of `num_rows` takes: less than an eighth more, and one of a few numbers."""
+    step = 1 << max((num_rows - 1).bit_length() - _STEPS_OF_ROWS.bit_length(), 0)
+    return -(-num_rows // step) * step
 
 
 def pack_weights(model: nn.Module) -> None:

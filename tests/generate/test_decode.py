@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tessel.checkpoint.fill import fill_model
 from tessel.checkpoint.huggingface import read_tensors
@@ -89,6 +90,35 @@ def test_what_is_used_on_this_cpu_is_in_blocks(tiny_hf_folder: MakeFolder) -> No
             assert kinds == {PackedLinear if together and not bf16 else Linear}
 
 
+class RowsOfProducts(TorchDispatchMode):
+    """Notes how many rows the products with matrices in blocks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_linear_pointwise" in str(func):
+            self.met.add(args[0].numel() // args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_products_in_blocks_take_few_numbers_of_rows() -> None:
+    """oneDNN keeps a kernel for each for as long as the process lives."""
+    plain = Linear(8, 24)
+    torch.nn.init.normal_(plain.weight)
+    packed, bias = PackedLinear(plain), torch.randn(24)
+    with RowsOfProducts() as rows:
+        for number in range(1, 513):
+            x = torch.randn(1, number, 8)
+            y = packed.product(x, bias)
+            assert y.shape == (1, number, 24)
+            torch.testing.assert_close(y, plain.product(x, bias), rtol=0, atol=1e-5)
+    assert len(rows.met) == 16 + 5 * 8 and max(rows.met) == 512
+    assert all(any(number <= met <= number * 9 / 8 for met in rows.met) for number in range(1, 513))
+
+
 def test_only_fp32_on_a_cpu_is_arranged(tiny_hf_folder: MakeFolder) -> None:
     half, config = load_model(tiny_hf_folder("llama"), dtype=torch.bfloat16)
     assert all(parameter.is_contiguous() for parameter in half.parameters())
@@ -154,6 +184,26 @@ def test_a_text_that_outgrows_its_room_leaves_no_gap() -> None:
     assert [run.rows for run in cache._runs] == [slice(0, 1), slice(1, 2), slice(0, 1)]
     q, k = torch.zeros(1, 3, 2, 4), torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 1, 4)
     assert torch.allclose(cache.attend(0, q, k, k, None), k.expand(1, 3, 2, 4))
+
+
+@torch.inference_mode()
+def test_kept_texts_do_not_part_those_that_run() -> None:
+    cache = KeyValueCache()
+    slots = [cache.open() for _ in range(4)]
+    for number, slot in enumerate(slots):
+        fill_slot(cache, slot, float(number), 5)
+    running_bytes = cache.num_bytes
+    cache.park(slots[1])
+    left = cache.sorted_slots([slots[0], slots[2], slots[3]])
+    cache.stage((slot, 1) for slot in left)
+    assert len(cache._runs) == 1
+    assert cache.num_bytes == running_bytes + 2 * 2 * 5 * 4 * 4, "of 2 layers keys and values, 5 tokens of 4 numbers"
+    again = cache.fork(slots[1], 4)
+    cache.close(slots[1])
+    assert cache.num_bytes == running_bytes
+    cache.stage([(again, 1)])
+    k = torch.ones(1, 1, 1, 4)
+    assert torch.allclose(cache.attend(0, torch.zeros(1, 1, 2, 4), k, k, None), torch.ones(1, 1, 2, 4))
 
 
 # ------------------------------------------------------------------------------------------ work in a step
