@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tessel.cli import main
+from tessel.evaluate.subjects import subjects_of
 from tests.evaluate.sets import write_letter_set
 
 HARNESS = "pai/LM-Evaluation-Harness-240310"
@@ -36,10 +38,10 @@ def test_evaluation_prints_the_suites_table(model: Path, tmp_path: Path, capsys:
     assert rows[-1].split()[3] == f"{int(found[1]) / 6:.6f}"
 
 
-def folders(root: Path) -> Path:
-    """Pai's folder of the harness, with the questions beside it."""
-    write_letter_set(root / "cmmlu", "cmmlu", ("agronomy",), number=3)
-    write_letter_set(root / "ceval", "ceval", ("accountant",), number=3)
+def folders(root: Path, whole: bool = False) -> Path:
+    """Pai's folder of the harness, with the questions beside it: a subject of each set, or one question of all."""
+    for task, subject in (("cmmlu", "agronomy"), ("ceval", "accountant")):
+        write_letter_set(root / task, task, tuple(subjects_of(task)) if whole else (subject,), number=1 if whole else 3)
     (root / "harness").mkdir()
     return root / "harness"
 
@@ -62,10 +64,25 @@ def test_without_the_harness_the_same_questions_are_asked(
 
 
 @pytest.mark.slow
+def test_the_installed_harness_asks_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'tessel[harness]')")
+    for task in ("cmmlu", "ceval"):  # to read the YAMLs of all its tasks takes minutes
+        shutil.copytree(Path(lm_eval.__file__).parent / "tasks" / task, tmp_path / "tasks" / task)
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "tasks" / "manager.py"))
+    monkeypatch.chdir(folders(tmp_path, whole=True))
+    assert not main(["drop-in", "pai", "lm_eval", *guide(model)])
+    out = capsys.readouterr().out
+    assert re.search(r"\|cmmlu +\|", out) and re.search(r"\|ceval-valid +\|", out)
+    assert "agronomy" in out and "accountant" in out
+
+
+@pytest.mark.slow
 def test_the_guides_line_in_two_processes(model: Path, repository: Path, tmp_path: Path) -> None:
     """As accelerate starts it: `-m lm_eval` in the harness's folder, whose package has the installed one's name."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'tessel[harness]')")
-    folder = folders(tmp_path)
+    folder = folders(tmp_path, whole=True)
     (folder / "lm_eval").symlink_to(repository / "drop_in" / HARNESS / "lm_eval")
     launch = "-m torch.distributed.run --nproc-per-node 2 --master-port 0 -m lm_eval"
     done = subprocess.run(
@@ -74,9 +91,9 @@ def test_the_guides_line_in_two_processes(model: Path, repository: Path, tmp_pat
         env=os.environ | {"PYTHONPATH": str(repository)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("cmmlu_agronomy") == done.stdout.count("ceval-valid_accountant") == 1
+    assert len(re.findall(r"\|cmmlu +\|", done.stdout)) == len(re.findall(r"\|ceval-valid +\|", done.stdout)) == 2
     assert "trust_remote_code is left out" in done.stderr

@@ -15,7 +15,7 @@ from tests.drop_in.guides import GUIDES, Session, blocks
 from tests.evaluate.sets import write_letter_set
 
 NAMES = sorted(path.stem for path in GUIDES.glob("*.md") if not path.stem.endswith("_zh") and path.stem != "README")
-SMALL = {"SEQ_LEN": "32", "SEQ_LENGTH": "32", "TRAIN_ITERS": "2", "WORKERS": "1"}
+SMALL = {"SEQ_LEN": "32", "SEQ_LENGTH": "32", "TRAIN_ITERS": "2", "WORKERS": "1", "MAX_NEW_TOKENS": "8"}
 
 MakeModel = Callable[..., Path]
 
@@ -97,7 +97,7 @@ def test_mindspeeds_guides_of_qwen25(
     write_letter_set(root / "mmlu", "mmlu", ("anatomy",), number=2)
     for block in blocks(f"{name}.md"):
         session.run(block)
-    parts = sorted(path.name for path in (root / "model_weights" / "qwen2.5_mcore" / "iter_0000001").iterdir())
+    parts = sorted(path.name for path in (root / "model_weights" / "qwen2.5_mcore" / "iter_0000001").glob("mp_*"))
     assert parts == [f"mp_rank_00_00{stage}" for stage in range(4)]
     assert (root / "dataset" / "alpaca_text_document.bin").exists()
     assert len(losses(root / "ckpt" / "qwen25-7b")) == 2
@@ -133,7 +133,7 @@ def test_modellinks_guide(
     write_letter_set(root / "mmlu" / "data", "mmlu", ("anatomy",), number=2)
     for block in blocks("modellink-llama2.md"):
         session.run(block)
-    parts = sorted(path.name for path in (root / "model_weights" / "llama2-legacy" / "iter_0000001").iterdir())
+    parts = sorted(path.name for path in (root / "model_weights" / "llama2-legacy" / "iter_0000001").glob("mp_*"))
     assert parts == [f"mp_rank_0{tp}_00{pp}" for tp in range(2) for pp in range(4)]
     assert len(losses(root / "ckpt")) == 2
     assert (root / "model_from_hf" / "llama2-hf" / "mg2hg" / "model.safetensors").exists()

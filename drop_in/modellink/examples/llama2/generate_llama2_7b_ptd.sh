@@ -7,12 +7,13 @@ source "$ROOT/../lib.sh"
 : "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
 : "${TP:=8}"
 : "${PP:=1}"
+: "${MAX_NEW_TOKENS:=256}"
 
 device_environment
 logged "${LOG_NAME:-generate_llama2_7b}" processes inference.py \
     --tensor-model-parallel-size "$TP" \
     --pipeline-model-parallel-size "$PP" \
-    --max-new-tokens 256 \
+    --max-new-tokens "$MAX_NEW_TOKENS" \
     --tokenizer-type PretrainedFromHF \
     --tokenizer-name-or-path "$TOKENIZER_PATH" \
     --load "$CHECKPOINT" "$@"

@@ -7,12 +7,13 @@ source "$ROOT/../lib.sh"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-7b-hf/}"
 : "${TP:=1}"
 : "${PP:=4}"
+: "${MAX_NEW_TOKENS:=256}"
 
 device_environment
 logged generate_mcore_qwen25_7b processes inference.py \
     --tensor-model-parallel-size "$TP" \
     --pipeline-model-parallel-size "$PP" \
-    --max-new-tokens 256 \
+    --max-new-tokens "$MAX_NEW_TOKENS" \
     --tokenizer-type PretrainedFromHF \
     --tokenizer-name-or-path "$TOKENIZER_PATH" \
     --seed 42 \
