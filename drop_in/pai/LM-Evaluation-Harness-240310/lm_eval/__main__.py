@@ -8,8 +8,8 @@ from tessel.cli import main
 
 def leave_the_name() -> None:
     """The installed harness is a package of this one's name: from here on, imports are to find that."""
-    here = Path(__file__).resolve().parent.parent
-    sys.path[:] = [place for place in sys.path if Path(place).resolve() != here]
+    here = Path(__file__).absolute().parent.parent
+    sys.path[:] = [place for place in sys.path if Path(place).absolute() != here]
     sys.modules.pop("lm_eval", None)
 
 
