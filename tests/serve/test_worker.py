@@ -1,0 +1,53 @@
+"""Events on their way from the model's thread to those who wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+import pytest
+
+from tessel.generate.batcher import Batcher
+from tessel.generate.request import Event, Request
+from tessel.serve import worker
+from tessel.serve.worker import Job, Worker
+
+
+class Counting:
+    """A batcher of two texts, which begin together and are as many tokens as are asked for."""
+
+    num_waiting = 0
+
+    def __init__(self) -> None:
+        self._left: list[int] = []
+
+    @property
+    def num_running(self) -> int:
+        return sum(left > 0 for left in self._left)
+
+    def add(self, request: Request) -> int:
+        self._left.append(request.max_new_tokens)
+        return len(self._left) - 1
+
+    def step(self) -> list[Event]:
+        running = [number for number, left in enumerate(self._left) if left > 0 and len(self._left) == 2]
+        for number in running:
+            self._left[number] -= 1
+        return [Event(number, 7, "a", finish=None if self._left[number] else "length") for number in running]
+
+
+async def batches_of(job: Job) -> list[int]:
+    return [len(events) async for events in job]
+
+
+def test_a_text_that_ends_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_HAND_OUT_S", float("inf"))
+
+    async def serve() -> list[list[int]]:
+        ours = Worker(cast(Batcher, Counting()), max_texts=2)
+        jobs = [ours.submit([Request((1,), max_new_tokens=number)]) for number in (3, 200)]
+        found = await asyncio.gather(*map(batches_of, jobs))
+        await ours.stop()
+        return list(found)
+
+    assert asyncio.run(serve()) == [[3], [200]], "each whole, at its end"
