@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import cast
 
 import pytest
@@ -14,12 +15,13 @@ from tessel.serve.worker import Job, Worker
 
 
 class Counting:
-    """A batcher of two texts, which begin together and are as many tokens as are asked for."""
+    """A batcher of two texts of as many tokens as are asked for; the longer one goes on when `goes_on` is set."""
 
     num_waiting = 0
 
     def __init__(self) -> None:
         self._left: list[int] = []
+        self.goes_on = threading.Event()
 
     @property
     def num_running(self) -> int:
@@ -31,6 +33,8 @@ class Counting:
 
     def step(self) -> list[Event]:
         running = [number for number, left in enumerate(self._left) if left > 0 and len(self._left) == 2]
+        if len(running) == 1:
+            assert self.goes_on.wait(10)
         for number in running:
             self._left[number] -= 1
         return [Event(number, 7, "a", finish=None if self._left[number] else "length") for number in running]
@@ -44,10 +48,15 @@ def test_a_text_that_ends_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(worker, "_HAND_OUT_S", float("inf"))
 
     async def serve() -> list[list[int]]:
-        ours = Worker(cast(Batcher, Counting()), max_texts=2)
+        batcher = Counting()
+        ours = Worker(cast(Batcher, batcher), max_texts=2)
         jobs = [ours.submit([Request((1,), max_new_tokens=number)]) for number in (3, 200)]
-        found = await asyncio.gather(*map(batches_of, jobs))
+        longer = asyncio.create_task(batches_of(jobs[1]))
+        shorter = await batches_of(jobs[0])
+        await asyncio.sleep(0)  # the longer text takes what has come for it
+        batcher.goes_on.set()
+        found = [shorter, await longer]
         await ours.stop()
-        return list(found)
+        return found
 
     assert asyncio.run(serve()) == [[3], [200]], "each whole, at its end"
