@@ -19,6 +19,7 @@ from tessel.layout import sharding
 from tessel.model.config import ModelConfig
 from tessel.train.optimizer import (
     NORM_ROW_ELEMENTS,
+    NORM_WHOLE_ELEMENTS,
     build_optimizer,
     clip_,
     learning_rates,
@@ -250,8 +251,8 @@ def test_a_stage_without_parameters_has_an_optimizer(kind: str, memory: Memory |
 
 
 def _gradients() -> list[Tensor]:
-    shapes = [(3,), (7, 5), (NORM_ROW_ELEMENTS,), (NORM_ROW_ELEMENTS + 1,), (40, 1000)]
-    return [torch.randn(shape) * scale for shape, scale in zip(shapes, (1.0, 0.1, 1e-2, 1e-3, 1e-2), strict=True)]
+    shapes = [(3,), (7, 5), (NORM_ROW_ELEMENTS,), (NORM_WHOLE_ELEMENTS + NORM_ROW_ELEMENTS + 1,), (40, 1000)]
+    return [torch.randn(shape) * scale for shape, scale in zip(shapes, (1.0, 0.1, 1e-2, 1e-6, 1e-2), strict=True)]
 
 
 def test_the_norm_is_over_all_elements() -> None:
@@ -268,6 +269,11 @@ def test_the_norm_of_an_embedding_keeps_its_digits() -> None:
     gradient = torch.randn(2**24) * 1e-3
     exact = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
     assert float(norm_of([gradient])) == pytest.approx(exact, rel=1e-6)
+
+
+def test_the_norm_of_what_megatron_runs_on_cpu_is_torchs_own() -> None:
+    gradient = torch.randn(NORM_WHOLE_ELEMENTS) * 1e-3
+    assert float(norm_of([gradient])) == float(gradient.norm())
 
 
 def test_the_norm_takes_gradients_in_any_memory_order() -> None:
