@@ -1,6 +1,6 @@
 """Memory and time of conversions of a random model, beside `cp -r` of the same bytes.
 
-    python benchmarks/convert.py [--size 7b] [--folder DIR] [--workers 1] [--repeat 3] [--cold]
+    python benchmarks/convert.py [--size 7b] [--folder DIR] [--workers 2] [--repeat 3] [--cold]
 
 A bf16 model of the shape of Qwen2.5 (7b: 15 GB, 3b: 6 GB, 1.5b: 3 GB, 0.5b: 1 GB) with random weights is written to
 DIR, and converted hf -> torch (TP1 PP4), hf -> torch_dist, torch -> hf. Before each conversion its source is copied by
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--folder", help="where to write, on the disk to be measured; a temporary one if not given")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=1, help="copies and conversions of each kind, by turns")
     parser.add_argument("--cold", action="store_true", help="each source out of the page cache")
     args = parser.parse_args()

@@ -135,7 +135,7 @@ class ConvertConfig:
         "proof before the result is put in place: every tensor read back and compared by hash, or logits as well",
         choices=("tensors", "logits", "none"),
     )
-    workers: int = option(1, "files written at a time")
+    workers: int = option(2, "files written at a time")
     lora_load: str | None = option(
         None, "adapter to merge on the way: a PEFT folder, a run, MindSpeed-LLM's", metavar="DIR"
     )
