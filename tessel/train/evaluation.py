@@ -14,6 +14,7 @@ from tessel.runtime.log import log
 from tessel.train import metrics
 from tessel.train.learner import Learner
 from tessel.train.metrics import LM_LOSS
+from tessel.train.preference import Preferences
 from tessel.train.sinks import TEST, VALIDATION, Sink
 from tessel.train.step import evaluation_sums
 
@@ -40,11 +41,14 @@ class Evaluator:
         test: Loader | None,
         sinks: Sequence[Sink],
         device: torch.device,
+        preferences: Mapping[str, Preferences] | None = None,
     ) -> None:
+        """`preferences`: what measures pairs of answers, by the names of the sets that hold some."""
         self._learner = learner
         self._loaders = {f"validation{suffix}": loader for suffix, loader in valid.items()}
         if test is not None:
             self._loaders["test"] = test
+        self._preferences = preferences or {}
         self._sinks = sinks
         self._device = device
         self._micro_batch_size = cfg.batch.micro_batch_size
@@ -75,42 +79,56 @@ class Evaluator:
         for name in self._loaders:
             if (name == "test") != (kind == TEST):
                 continue
-            loss = self._evaluate(name, stopped)
-            if loss is None:
+            figures = self._evaluate(name, stopped)
+            if figures is None:
                 continue
+            losses = {LM_LOSS: figures.pop(LM_LOSS)}
             suffix = "" if kind == TEST else name.removeprefix("validation")
-            for line in metrics.evaluation_lines(where, {LM_LOSS: loss}, suffix):
+            for line in metrics.evaluation_lines(where, losses, suffix, figures):
                 log(line)
-            values |= metrics.evaluation_values({LM_LOSS: loss}, name)
+            values |= metrics.evaluation_values(losses, name)
+            values |= {f"{figure} {name}": value for figure, value in figures.items()}
         if values:
             for sink in self._sinks:
                 sink.log(values, iteration, consumed_samples, kind)
 
-    def _evaluate(self, split: str, stopped: Stopped) -> float | None:
-        """Mean nll over loss-bearing tokens; None without data or iterations, or when cut short.
+    def _evaluate(self, split: str, stopped: Stopped) -> dict[str, float] | None:
+        """Mean nll over loss-bearing tokens, or of pairs the means of their loss and figures.
 
-        The position in the set is then as after a whole evaluation, so that a run that goes on takes the next part.
+        None without data or iterations, or when cut short. The position in the set is then as after a whole
+        evaluation, so that a run that goes on takes the next part.
         """
         loader = self._loaders[split]
         if self._num_iters == 0:
             return None
-        parts, peers = self._learner.parts, self._learner.peers
+        parts = self._learner.parts
         for part in parts:
             part.eval()
-        nll_sum = num_tokens = 0.0
+        sums, count = {LM_LOSS: 0.0}, 0.0
         try:
             for start, size, micro_batch_size in self._batches(split, len(loader)):
                 if stopped():
                     return None
                 batches = [batch.to(self._device) for batch in self._fetch(loader, start, size, micro_batch_size)]
-                sums = evaluation_sums(self._learner.runner, batches, peers, by_micro_batch=self._by_micro_batch)
-                nll_sum, num_tokens = nll_sum + sums[0], num_tokens + sums[1]
+                number, found = self._sums(split, batches)
+                count += number
+                sums |= {name: sums.get(name, 0.0) + value for name, value in found.items()}
                 watchdog.goes_on()
         finally:
             for part in parts:
                 release_gathered(part)
                 part.train()
-        return nll_sum / max(num_tokens, 1.0)
+        return {name: total / max(count, 1.0) for name, total in sums.items()}
+
+    def _sums(self, split: str, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, float]]:
+        """How much counts in a global batch, and the sums over it."""
+        if split in self._preferences:
+            num_pairs, loss, figures = self._preferences[split].measure(batches)
+            return num_pairs, {name: value * num_pairs for name, value in {LM_LOSS: loss, **figures}.items()}
+        nll, num_tokens = evaluation_sums(
+            self._learner.runner, batches, self._learner.peers, by_micro_batch=self._by_micro_batch
+        )
+        return num_tokens, {LM_LOSS: nll}
 
     def _fetch(self, loader: Loader, start: int, size: int, micro_batch_size: int) -> list[MicroBatch]:
         if size % (micro_batch_size * self._learner.peers.num_replicas):

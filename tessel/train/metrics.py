@@ -193,14 +193,18 @@ def perplexity(loss: float) -> float:
     return math.exp(min(20, loss))
 
 
-def evaluation_lines(where: str, losses: Mapping[str, float], suffix: str = "") -> list[str]:
+def evaluation_lines(
+    where: str, losses: Mapping[str, float], suffix: str = "", figures: Mapping[str, float] | None = None
+) -> list[str]:
     """Megatron's three lines; `where` is "iteration 10", "iteration 30 on validation set" or "... on test set".
 
-    `suffix` tells several validation sets apart, such as "-0".
+    `suffix` tells several validation sets apart, such as "-0". `figures` follow the losses.
     """
     line = f" validation{suffix} loss at {where} | "
     for name, loss in losses.items():
         line += f"{name} value: {loss:.6E} | {name} PPL: {perplexity(loss):.6E} | "
+    for name, figure in (figures or {}).items():
+        line += f"{name} value: {figure:.6E} | "
     rule = "-" * (len(line) + 1)
     return [rule, line, rule]
 

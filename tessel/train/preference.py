@@ -13,6 +13,7 @@ trains on text trains on preferences, on any layout. It costs one forward more, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -64,26 +65,49 @@ class Preferences:
 
     def weigh(self, batches: Sequence[MicroBatch]) -> Weighed:
         """The weights that give the gradient of the mean loss over all pairs of the global batch."""
-        rows = [row for batch in batches for row in rows_of(batch)]
-        lengths = [row.loss_mask_BS.sum(dtype=torch.float64) for row in rows]
-        for part in self._parts:
-            part.eval()
-        try:
-            policy = self._logps(self._runner, rows)
-            reference = self.reference_logps(rows) if self.known is None else self._shared(self.known.of(rows))
-        finally:
-            for part in self._parts:
-                release_gathered(part)
-                part.train()
-        own = slice(self._peers.replica * len(rows), (self._peers.replica + 1) * len(rows))
-        counts = self._shared(torch.stack(lengths)).clamp(min=1)
+        with self._evaluating():
+            policy, reference, lengths = self._answers(batches)
+        num_rows = sum(len(batch.tokens_BS) for batch in batches)
+        own = slice(self._peers.replica * num_rows, (self._peers.replica + 1) * num_rows)
         pairs = _pair_order(batches, self._peers.num_replicas)
-        loss, gradient, figures = preference_loss(self._options, policy, reference, counts, pairs)
+        loss, gradient, figures = preference_loss(self._options, policy, reference, lengths.clamp(min=1), pairs)
         factors = (-gradient[own]).split([len(batch.tokens_BS) for batch in batches])
         weights = [
             batch.loss_mask_BS * f[:, None].to(batch.loss_mask_BS) for batch, f in zip(batches, factors, strict=True)
         ]
         return Weighed(weights, loss, figures)
+
+    def measure(self, batches: Sequence[MicroBatch]) -> tuple[int, float, Mapping[str, float]]:
+        """The number of pairs of the global batch, their mean loss, and what is logged; no gradients.
+
+        The model is in evaluation mode already. A pair without a token that bears loss is padding, and does not count.
+        """
+        policy, reference, lengths = self._answers(batches)
+        chosen, rejected = _pair_order(batches, self._peers.num_replicas)
+        counted = (lengths[chosen.to(lengths.device)] + lengths[rejected.to(lengths.device)] > 0).cpu()
+        pairs = chosen[counted], rejected[counted]
+        loss, _, figures = preference_loss(self._options, policy, reference, lengths.clamp(min=1), pairs)
+        return int(counted.sum()), loss, figures
+
+    def _answers(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each answer of every replica: the model's log-probability, the reference's, and its tokens; fp64."""
+        rows = [row for batch in batches for row in rows_of(batch)]
+        lengths = torch.stack([row.loss_mask_BS.sum(dtype=torch.float64) for row in rows])
+        policy = self._logps(self._runner, rows)
+        reference = self.reference_logps(rows) if self.known is None else self._shared(self.known.of(rows))
+        return policy, reference, self._shared(lengths)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode, and ready to be trained again after it."""
+        for part in self._parts:
+            part.eval()
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                release_gathered(part)
+                part.train()
 
     def reference_logps(self, rows: Sequence[MicroBatch]) -> Tensor:
         """The reference's log-probability of each answer of every replica, fp64 [replicas x rows]."""
@@ -93,9 +117,7 @@ class Preferences:
 
     def precompute(self, path: Path, loader: Loader, num_pairs: int, micro_batch_size: int) -> KnownLogps:
         """The reference's log-probabilities of the first `num_pairs` samples, which are written to `path`."""
-        for part in self._parts:
-            part.eval()
-        try:
+        with self._evaluating():
             return compute_logps(
                 path,
                 loader,
@@ -105,10 +127,10 @@ class Preferences:
                 lambda batch: list(rows_of(batch)),
                 self.reference_logps,
             )
-        finally:
-            for part in self._parts:
-                release_gathered(part)
-                part.train()
+
+    def with_known(self, known: KnownLogps) -> Preferences:
+        """The same, with the reference's log-probabilities as they were computed before."""
+        return Preferences(self._options, self._runner, self._parts, self._peers, None, contextlib.nullcontext, known)
 
     def _shared(self, values: Tensor) -> Tensor:
         """A number of each row of this replica -> those of every replica, fp64 [replicas x rows]."""

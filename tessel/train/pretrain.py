@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from tessel.train.found import Found, build_splits, find, with_length
 from tessel.train.identity import check_same_run, model_differences, run_identity
 from tessel.train.learner import Learner
 from tessel.train.metrics import TrainingLog, tensorboard_tags_off
+from tessel.train.preference import Preferences
 from tessel.train.reference import build_preferences
 from tessel.train.saving import RunSaver
 from tessel.train.schedule import Scheduler, build_schedules
@@ -44,8 +47,12 @@ from tessel.train.step import TrainStep
 from tessel.train.trainer import Parts, Position, Trainer, metrics_path
 
 
-def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
+def pretrain(
+    cfg: RunConfig, given: frozenset[str] = frozenset(), build: Callable[..., Learner] = build_learner
+) -> None:
     """Train as `cfg` says; `given` names the fields that the user set.
+
+    `build` makes what is trained, as `train.setup.build_learner` does: the engine of the run.
 
     Raises:
         UsageError: what was asked for cannot be.
@@ -74,7 +81,7 @@ def pretrain(cfg: RunConfig, given: frozenset[str] = frozenset()) -> None:
         groups = groups_of(cfg, found.topology, found.model_config, device)
         splits = processes.together(lambda: build_splits(cfg, found, train_iters, processes))
         random_state.seed_all(cfg.precision.seed, found.topology.place(world.rank).pp)
-        run = _Run(cfg, found, splits, device, groups, processes, _teams(cfg, processes), stack)
+        run = _Run(cfg, found, splits, device, groups, processes, _teams(cfg, processes), stack, build)
         run.train(batch_size, train_iters, started_s)
 
 
@@ -102,6 +109,7 @@ class _Run:
         processes: Processes,
         teams: tuple[Team, Team],
         stack: contextlib.ExitStack,
+        build: Callable[..., Learner],
     ) -> None:
         self._cfg = cfg
         self._team, self._background_team = teams
@@ -116,7 +124,7 @@ class _Run:
         self._adapting, self._groups = found.adapting, groups
         self._identity = run_identity(cfg, found.model_config, splits)
         self._saved_state = self._read_saved_state()
-        self._learner: Learner = build_learner(
+        self._learner: Learner = build(
             cfg, found.model_config, self._source, device, groups, stack, self._adapting
         )
         self._scheduler = self._build_scheduler()
@@ -186,14 +194,26 @@ class _Run:
         sinks = build_sinks(cfg.logging, cfg.to_dict(), folder, position.iteration, off) if peers.is_first else []
         for sink in sinks:
             self._stack.callback(sink.close)
-        evaluator = self._evaluator(sinks, position)
-        if cfg.batch.skip_train or position.iteration >= train_iters:
+        trains = not cfg.batch.skip_train and position.iteration < train_iters
+        loaders = {
+            name: self._loader(data)
+            for name, data in self._splits.by_name().items()
+            if data is not None and (trains or name != "train")
+        }
+        preferences = build_preferences(
+            cfg, self._learner, self._model_config, self._adapting, self._device, self._groups, self._stack, loaders
+        )
+        evaluator = self._evaluator(sinks, position, loaders, preferences)
+        if not trains:
             if not cfg.batch.skip_train:
                 log(f"all {train_iters} iterations are done already; raise --train-iters to go on")
             evaluator.final(position.iteration, position.consumed_samples)
             reason = None
         else:
-            parts = self._parts(batch_size, train_iters, evaluator, saver, sinks)
+            if "train" not in loaders:
+                raise TesselError("The data has no training split. Give --split a first share, or --train-data-path.")
+            step = self._step(preferences.get("train"))
+            parts = self._parts(batch_size, train_iters, loaders["train"], step, evaluator, saver, sinks)
             trainer = Trainer(parts, position, started_s)
             reason = trainer.run()
             if reason is None:
@@ -201,15 +221,9 @@ class _Run:
         if cfg.checkpoint.save and reason is None and not cfg.batch.skip_train:
             saver.export_trained()
 
-    def _parts(
-        self, batch_size: BatchSize, train_iters: int, evaluator: Evaluator, saver: RunSaver, sinks: list[Any]
-    ) -> Parts:
+    def _step(self, preferences: Preferences | None) -> TrainStep:
         cfg = self._cfg
-        if self._splits.train is None:
-            raise TesselError("The data has no training split. Give --split a first share, or --train-data-path.")
-        assert cfg.batch.seq_length is not None
-        loader = self._loader(self._splits.train)
-        step = TrainStep(
+        return TrainStep(
             self._learner.runner,
             self._learner.optimizer,
             self._learner.gradients,
@@ -223,10 +237,21 @@ class _Run:
             skip_not_finite=cfg.precision.no_check_for_nan_in_loss_and_grad,
             largest_gradient=largest_gradient(cfg.precision),
             logs_trained_loss=cfg.finetune.reads_dialogues,
-            preferences=build_preferences(
-                cfg, self._learner, self._model_config, self._adapting, self._device, self._groups, self._stack, loader
-            ),
+            preferences=preferences,
         )
+
+    def _parts(
+        self,
+        batch_size: BatchSize,
+        train_iters: int,
+        loader: Loader,
+        step: TrainStep,
+        evaluator: Evaluator,
+        saver: RunSaver,
+        sinks: list[Any],
+    ) -> Parts:
+        cfg = self._cfg
+        assert cfg.batch.seq_length is not None
         training_log = TrainingLog(
             train_iters,
             log_throughput=cfg.logging.log_throughput,
@@ -252,14 +277,16 @@ class _Run:
         )
         return self._stack.enter_context(loader)
 
-    def _evaluator(self, sinks: list[Any], position: Position) -> Evaluator:
-        by_name = self._splits.by_name()
-        if self._cfg.finetune.is_pairwise_dataset:
-            by_name = {}  # a loss of pairs is not one of tokens
-        loaders = {name: self._loader(data) for name, data in by_name.items() if data is not None and name != "train"}
-        test = loaders.pop("test", None)
-        valid = {name.removeprefix("valid"): loader for name, loader in loaders.items()}
-        evaluator = Evaluator(self._cfg, self._learner, valid, test, sinks, self._device)
+    def _evaluator(
+        self,
+        sinks: list[Any],
+        position: Position,
+        loaders: Mapping[str, Loader],
+        preferences: Mapping[str, Preferences],
+    ) -> Evaluator:
+        valid = {name.removeprefix("valid"): loader for name, loader in loaders.items() if name.startswith("valid")}
+        pairs = {name.replace("valid", "validation", 1): found for name, found in preferences.items()}
+        evaluator = Evaluator(self._cfg, self._learner, valid, loaders.get("test"), sinks, self._device, pairs)
         interval = self._cfg.evaluation.eval_interval
         if interval and position.iteration:
             evaluator.resume(position.iteration // interval)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,7 @@ from tessel.config.run import RunConfig
 from tessel.data.loader import Loader
 from tessel.errors import UsageError
 from tessel.model.config import ModelConfig
-from tessel.model.transformer import Transformer
 from tessel.parallel.groups import Groups
-from tessel.parallel.peers import Peers
 from tessel.parallel.runner import Runner
 from tessel.runtime.log import log
 from tessel.train.adapting import Adapting
@@ -52,41 +51,48 @@ def build_preferences(
     device: torch.device,
     groups: Groups | None,
     stack: contextlib.ExitStack,
-    loader: Loader,
-) -> Preferences | None:
-    """What weighs the pairs of a run, which `loader` reads; None for a run that has none."""
-    if not cfg.finetune.is_pairwise_dataset:
-        return None
+    loaders: Mapping[str, Loader],
+) -> dict[str, Preferences]:
+    """What weighs the pairs that each of `loaders` reads, by the same names; empty for a run that has none.
+
+    The reference is built once, and not at all where files hold all its log-probabilities.
+    """
+    if not cfg.finetune.is_pairwise_dataset or not loaders:
+        return {}
     source = reference_source(cfg, adapting is not None)
-    known, path = None, None
-    num_pairs = num_pairs_of(loader, cfg.finetune.full_shuffle_instruction_dataset)
-    if cfg.preference.precompute_ref_log_probs:
-        path = _place(cfg, source, adapting, loader)
-        known = read_logps(path, num_pairs)
-    own: tuple[Runner, Sequence[Transformer], Peers] = (learner.runner, learner.parts, learner.peers)
-    if known is not None:
-        return Preferences(cfg.preference, *own, None, contextlib.nullcontext, known)
-    if source is None:
+    num_pairs = {
+        name: num_pairs_of(loader, cfg.finetune.full_shuffle_instruction_dataset) for name, loader in loaders.items()
+    }
+    before = loaders if cfg.preference.precompute_ref_log_probs else {}
+    paths = {name: _place(cfg, source, adapting, name, loader) for name, loader in before.items()}
+    known = {name: read_logps(path, num_pairs[name]) for name, path in paths.items()}
+    reference: Runner | None = None
+    as_reference: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    if known and None not in known.values():
+        pass  # no second model is read
+    elif source is None:
         log("reference: the model without its adapters")
-        as_reference = lambda: without_adapters(learner.parts)  # noqa: E731
-        preferences = Preferences(cfg.preference, *own, learner.runner, as_reference)
+        reference, as_reference = learner.runner, functools.partial(without_adapters, learner.parts)
     else:
         log(f"reference: {source.describe().removeprefix('starting from ')}")
         reference = build_reference(cfg, model_config, source, device, groups, stack)
-        preferences = Preferences(cfg.preference, *own, reference, contextlib.nullcontext)
-    if path is None:
-        return preferences
-    known = preferences.precompute(path, loader, num_pairs, cfg.batch.micro_batch_size)
-    return Preferences(cfg.preference, *own, None, contextlib.nullcontext, known)
+    own = learner.runner, learner.parts, learner.peers
+    preferences = Preferences(cfg.preference, *own, reference, as_reference)
+    micro_batch_size = cfg.batch.micro_batch_size
+    found = dict.fromkeys(loaders, preferences)
+    for name, path in paths.items():
+        values = known[name] or preferences.precompute(path, loaders[name], num_pairs[name], micro_batch_size)
+        found[name] = preferences.with_known(values)
+    return found
 
 
-def _place(cfg: RunConfig, source: Source | None, adapting: Adapting | None, loader: Loader) -> Path:
+def _place(cfg: RunConfig, source: Source | None, adapting: Adapting | None, split: str, loader: Loader) -> Path:
     base = source if source is not None or adapting is None else adapting.base
     assert base is not None and base.folder is not None
     held = "plain" if source is not None or adapting is None else adapting.spec.weights
     parts = [
         folder_digest(base.folder), str(base.iteration), str(compute_dtype(cfg.precision)), held,
         *dataset_identity(loader.dataset), str(cfg.batch.seq_length), str(cfg.finetune.cut_max_seqlen),
-        str(cfg.finetune.no_cut_token),
+        str(cfg.finetune.no_cut_token), *([] if split == "train" else [split]),
     ]  # fmt: skip
     return place_of(loader, parts)

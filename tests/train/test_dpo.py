@@ -68,9 +68,9 @@ def flags(tiny_hf_folder: MakeFolder, tmp_path: Path) -> list[str]:
     return [*run, *"--train-iters 3 --global-batch-size 4 --micro-batch-size 2 --no-shuffle --seq-length 64".split()]
 
 
-def steps(save: Path) -> list[dict[str, Any]]:
+def steps(save: Path, kind: str = "train") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
+    return [line for line in lines if line["kind"] == kind]
 
 
 def pairs_of(prefix: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -138,6 +138,47 @@ def test_any_layout_learns_the_same(layout: str, flags: list[str], tmp_path: Pat
     for one, many in zip(steps(tmp_path / "one"), steps(tmp_path / "many"), strict=True):
         for name in ("lm_loss", "grad_norm", "rewards/margins"):
             assert many[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), (one["iteration"], name)
+
+
+@pytest.mark.parametrize("known", [[], ["--precompute-ref-log-probs"]])
+def test_pairs_are_evaluated(
+    known: list[str], flags: list[str], tiny_hf_folder: MakeFolder, tmp_path: Path, capsys: Any
+) -> None:
+    """On the second half of the data: loss, margins and accuracy of a loop over transformers."""
+    from transformers import AutoModelForCausalLM
+
+    other = tiny_hf_folder("qwen2", seed=1)
+    more = ["--split", "50,50,0", "--train-iters", "2", "--lr", "1e-12", "--ref-model", str(other), *known]
+    more += ["--eval-interval", "2", "--eval-iters", "1", "--dpo-beta", "0.5"]
+    assert main([*flags, *more, "--save", str(tmp_path / "run")]) == 0
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (flags[2], other)]
+
+    @torch.no_grad()
+    def ratio(answer: tuple[torch.Tensor, torch.Tensor]) -> float:
+        ids, labels = answer
+        mask = labels[1:] >= 0
+        of = [model(ids[None].long()).logits[0, :-1].log_softmax(-1)[mask] for model in models]
+        policy, reference = (logps.gather(1, labels[1:][mask].long()[:, None]).sum() for logps in of)
+        return float(policy - reference)
+
+    margins = torch.tensor(
+        [0.5 * (ratio(chosen) - ratio(rejected)) for chosen, rejected in pairs_of(tmp_path / "pairs")[4:]]
+    )
+    (found,) = steps(tmp_path / "run", "validation")
+    assert found["lm_loss_validation"] == pytest.approx(float(-F.logsigmoid(margins).mean()), rel=2e-5)
+    assert found["rewards/margins_validation"] == pytest.approx(float(margins.mean()), rel=1e-4)
+    assert found["rewards/accuracies_validation"] == float((margins > 0).double().mean())
+    assert "| rewards/accuracies value: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-r", "4", "--lora-dropout", "0.1"]])
+def test_a_resumed_run_is_the_unbroken_one(more: list[str], flags: list[str], tmp_path: Path) -> None:
+    assert main([*flags, *more, "--save", str(tmp_path / "one")]) == 0
+    assert main([*flags, *more, "--save", str(tmp_path / "two"), "--exit-interval", "1"]) == 0
+    assert main([*flags, *more, "--save", str(tmp_path / "two")]) == 0
+    for whole, broken in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
+        for name in ("lm_loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert broken[name] == whole[name], (whole["iteration"], name)
 
 
 def test_adapters_are_measured_against_their_model(flags: list[str], tmp_path: Path, capsys: Any) -> None:
