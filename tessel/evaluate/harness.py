@@ -38,6 +38,7 @@ from tessel.config.nearest import nearest
 from tessel.errors import TesselError, UsageError
 from tessel.evaluate.answers import continued
 from tessel.evaluate.harness_data import data_dirs, write_leaves
+from tessel.evaluate.harness_index import index_of
 from tessel.evaluate.replica import Replica
 from tessel.evaluate.results import RESULTS
 from tessel.evaluate.scorer import Scorer
@@ -48,6 +49,7 @@ from tessel.runtime.files import atomic_write
 from tessel.runtime.log import log, progress
 
 _DEFAULT_NEW_TOKENS = 256
+_NO_QUESTIONS = "did not find any docs"
 _Pair = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -56,18 +58,19 @@ def run_harness(cfg: EvaluateConfig, opened: Opened) -> None:
 
     Raises:
         UsageError: an unknown task.
-        TesselError: a folder of --data-dir has none of the task's files, or a data set is not on this machine.
+        TesselError: a folder of --data-dir has none of the task's files, a data set is not on this machine, or there
+            are more copies of the model than questions.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = data_dirs(cfg.data_dir)
     if folders:  # what is not in them must not be looked for elsewhere
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory(prefix="tessel-harness-") as leaves:
-        manager = TaskManager()
+        manager = index_of([*cfg.task, *folders])
         if folders:
             known = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path is not None}
             write_leaves(Path(leaves), folders, known)
-            manager = TaskManager(include_path=leaves)
+            manager.task_index.update(TaskManager(include_defaults=False, include_path=leaves).task_index)
         _check_tasks(cfg.task, manager)
         try:
             found = simple_evaluate(
@@ -84,6 +87,13 @@ def run_harness(cfg: EvaluateConfig, opened: Opened) -> None:
             raise TesselError(
                 f"lm-evaluation-harness finds no data set of {', '.join(cfg.task)} on this machine ({error}). Give its "
                 "folder with --data-dir TASK=DIR."
+            ) from error
+        except ValueError as error:
+            if _NO_QUESTIONS not in str(error):
+                raise
+            raise TesselError(
+                f"A task of {', '.join(cfg.task)} has fewer questions than there are copies of the model that share "
+                "them out, or none. Give more (--limit), or start fewer processes."
             ) from error
     if found is not None:
         _show(found, cfg.output)
