@@ -32,7 +32,12 @@ class Layout:
 
     tensor_model_parallel_size: int = option(1, "processes that share each layer")
     sequence_parallel: bool = option(False, "tensor-parallel processes share the tokens between layers, too")
-    tp_comm_overlap: bool = option(False, "overlap tensor-parallel communication with computation, where it can be")
+    tp_comm_overlap: bool = option(
+        False,
+        "overlap tensor-parallel communication with computation by what the device has for it: MC2 on NPUs, else "
+        "torch's async tensor parallelism",
+        aliases=("--use-ascend-mc2", "--use-mc2", "--use-ascend-coc"),
+    )
     pipeline_model_parallel_size: int = option(1, "processes that share the layers")
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers in a virtual pipeline stage: each process holds several, interleaved"

@@ -114,10 +114,13 @@ ACCEPTED: dict[str, Accepted] = {
         "--disable-tp-comm-split-rs --pipeline-model-parallel-comm-backend=1 --data-parallel-random-init "
         "--no-clone-scatter-output-in-embedding --check-weight-hash-across-dp-replicas-interval=1 "
         "--distribute-saved-activations --defer-embedding-wgrad-compute --wgrad-deferral-limit=1 --use-sharp "
-        "--use-nccl-ub --create-all-gather-group --high-priority-stream-groups=* --use-ascend-mc2 --use-mc2 "
-        "--use-ascend-coc --coc-parallel-num=1 --coc-fused-kernel --enable-recompute-layers-per-pp-rank "
+        "--use-nccl-ub --create-all-gather-group --high-priority-stream-groups=* "
+        "--enable-recompute-layers-per-pp-rank "
         "--kv-head-repeat-before-uly-alltoall --use-fused-ring-attention-update --cp-window-size=1 "
         "--use-gloo-process-groups --torch-fsdp2-no-reshard-after-forward --init-model-with-meta-device"
+    )),
+    **_accepted("--use-ascend-coc takes the device's own overlap, which has no such setting", (
+        "--coc-parallel-num=1 --coc-fused-kernel"
     )),
     **_accepted("experts are always computed in one grouped product where the device has one", (
         "--moe-grouped-gemm --moe-use-legacy-grouped-gemm --gemm-gradient-accumulation-fusion "

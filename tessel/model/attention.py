@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessel.model.config import ModelConfig
-from tessel.model.layers import Linear, RMSNorm
+from tessel.model.layers import Linear, Projection, RMSNorm, project
 from tessel.model.recompute import recomputed
 from tessel.model.rope import rotate
 
@@ -141,6 +141,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernel: AttentionFn, dropout: float) -> None:
         super().__init__()
         self.layer, self.kernel, self.dropout, self.recompute = layer, kernel, dropout, False
+        self.project: Projection = project
         self.rotate = rotate
         self.head_dim, self.window = config.head_dim, config.window(layer)
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -159,9 +160,9 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """[B, S, E] -> [B, S, E]; `rope` is (cos, sin), each [B or 1, S, 1, D]."""
-        q_BSHD = self.q_proj(x_BSE).unflatten(-1, (-1, self.head_dim))
-        k_BSGD = self.k_proj(x_BSE).unflatten(-1, (-1, self.head_dim))
-        v_BKGD = self.v_proj(x_BSE).unflatten(-1, (-1, self.head_dim))
+        q_BSHD, k_BSGD, v_BKGD = (
+            y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x_BSE, self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHD, k_BSGD = self.q_norm(q_BSHD), self.k_norm(k_BSGD)
         q_BSHD, k_BKGD = self.rotate(q_BSHD, *rope), self.rotate(k_BSGD, *rope)

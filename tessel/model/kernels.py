@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tessel.errors import UsageError
 from tessel.model import vendor
 from tessel.model.attention import Attention, AttentionFn, Visibility, plain_attention, sdpa_attention
-from tessel.model.layers import MLP, RMSNorm, gated, rms_norm
+from tessel.model.layers import MLP, RMSNorm, add_rms_norm, gated, rms_norm
 from tessel.model.moe import Experts, MixtureOfExperts, combine, grouped_linear, spread
 from tessel.model.rope import rotate
 from tessel.runtime.device import flash_attention_available, vendor_kernels_available
@@ -45,6 +45,7 @@ ATTENTION: dict[str, AttentionFn] = {
 OPERATIONS: dict[str, dict[str, Any]] = {
     "attention": {**ATTENTION, vendor.NAME: vendor.fusion_attention},
     "norm": {"torch": rms_norm, vendor.NAME: vendor.rms_norm},
+    "residual norm": {"torch": add_rms_norm, vendor.NAME: vendor.add_rms_norm},
     "rotary": {"torch": rotate, vendor.NAME: vendor.rotate},
     "swiglu": {"torch": gated, vendor.NAME: vendor.gated},
     "grouped": {"torch": grouped_linear, vendor.NAME: vendor.grouped_linear},
@@ -84,7 +85,7 @@ class Kernels:
         row = {operation: rows[self.others] for operation, rows in OPERATIONS.items() if self.others in rows}
         for module in model.modules():
             if isinstance(module, RMSNorm):
-                module.kernel = row["norm"]
+                module.kernel, module.of_sum = row["norm"], row["residual norm"]
             elif isinstance(module, Attention):
                 module.rotate = row["rotary"]
             elif isinstance(module, MLP):

@@ -6,6 +6,9 @@ fp32 and computed with in whatever dtype they are cast to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +54,19 @@ class Linear(nn.Module):
         return self.with_adapter(x, self.bias)
 
 
+class Projection(Protocol):
+    """How one tensor goes through several linear maps."""
+
+    def __call__(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+        """x [..., in_features] -> [..., out_features] of each."""
+        ...
+
+
+def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+    """Through one after the other."""
+    return tuple(linear(x) for linear in linears)
+
+
 class Embedding(nn.Module):
     """Rows of a table; weight [vocab_size, hidden_size]."""
 
@@ -74,6 +90,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
         self.kernel = rms_norm
+        # A sum and its norm in one kernel, where the device has one: as `add_rms_norm`.
+        self.of_sum: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x, self.weight, self.eps)
@@ -82,6 +100,12 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm of `RMSNorm`, by torch's own kernel."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of two tensors, and its norm."""
+    summed = x + added
+    return summed, rms_norm(summed, weight, eps)
 
 
 class MLP(nn.Module):
@@ -93,6 +117,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden, inner, bias)
         self.up_proj = Linear(hidden, inner, bias)
         self.down_proj = Linear(inner, hidden, bias)
+        self.project: Projection = project
         self.gated = gated
         self.recompute_activation = False
 
@@ -102,7 +127,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         """[B, S, hidden_size] -> the same."""
-        gate, up = self.gate_proj(x_BSE), self.up_proj(x_BSE)
+        gate, up = self.project(x_BSE, self.gate_proj, self.up_proj)
         if self.recompute_activation:
             return forgetting(self.gated, (gate, up), self.down_proj)
         out_BSE: Tensor = self.down_proj(self.gated(gate, up))

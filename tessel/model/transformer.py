@@ -57,8 +57,14 @@ class Layer(nn.Module):
         """[B, S, E] -> [B, S, E]."""
         with self._swapped(x_BSE, rope, visibility):
             branch_BSE = self._branch(self.input_layernorm, x_BSE, self.self_attn, rope, visibility, cache)
-        x_BSE = x_BSE + F.dropout(branch_BSE, self.hidden_dropout, self.training)
-        branch_BSE = self._branch(self.post_attention_layernorm, x_BSE, self._mlp)
+        branch_BSE = F.dropout(branch_BSE, self.hidden_dropout, self.training)
+        norm = self.post_attention_layernorm
+        if norm.of_sum is None or LAYERNORM in self.recomputes:
+            x_BSE = x_BSE + branch_BSE
+            branch_BSE = self._branch(norm, x_BSE, self._mlp)
+        else:
+            x_BSE, normed_BSE = norm.of_sum(x_BSE, branch_BSE, norm.weight, norm.eps)
+            branch_BSE = self._mlp(normed_BSE)
         return x_BSE + F.dropout(branch_BSE, self.hidden_dropout, self.training)
 
     def save_memory(self, recomputes: frozenset[str], swaps_attention: bool) -> None:

@@ -13,6 +13,7 @@ R experts of a token, N = T x R rows, E hidden, I inputs, O outputs, X experts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from tessel.model.attention import Visibility
 
 NAME = "npu"
+# The inner dims that a product with a collective inside it takes.
+INNER_SIZES = range(256, 65535)
 # The side of the mask that stands for a causal one of any length, in sparse modes 2 to 4.
 _COMPRESSED = 2048
 _LEFT_UP_CAUSAL, _RIGHT_DOWN_CAUSAL, _EXPLICIT_MASK = 2, 3, 0
@@ -94,6 +97,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed
 
 
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """npu_add_rms_norm: the sum, and its norm."""
+    normed, _, summed = torch.ops.npu.npu_add_rms_norm(x, added, weight, epsilon=eps)
+    return summed, normed
+
+
 def rotate(x_BSHD: Tensor, cos_BS1D: Tensor, sin_BS1D: Tensor) -> Tensor:
     """npu_rotary_mul, in the mode whose pairs are (i, i + D/2)."""
     rotated: Tensor = torch.ops.npu.npu_rotary_mul(x_BSHD, cos_BS1D, sin_BS1D, rotary_mode="half")
@@ -149,30 +158,33 @@ def combine(rows_NE: Tensor, places_N: Tensor, weights_TR: Tensor) -> Tensor:
     return combined
 
 
-def gathered_linear(x_TI: Tensor, weight_OI: Tensor, communicator: str, num_ranks: int) -> tuple[Tensor, Tensor]:
-    """npu_all_gather_base_mm: rows of all ranks times the weight, gathered while they are multiplied (MC2).
+def gathered_linears(x_TI: Tensor, weights: Sequence[Tensor], communicator: str, num_ranks: int) -> tuple[Tensor, ...]:
+    """npu_all_gather_base_mm: rows of all ranks times the first weight, gathered while they are multiplied (MC2).
 
-    x [T of this rank, I] -> ([T of all ranks, O], the gathered rows [T of all ranks, I], without a gradient of
-    their own). `communicator` is HCCL's name of the group. The gradient of x is summed over ranks and cut.
+    x [T of this rank, I], weights [O, I], each of its own O -> [T of all ranks, O] of each; the other products take
+    the gathered rows. `communicator` is HCCL's name of the group. The gradient of x is summed over ranks and cut.
     """
-    out_TO, whole_TI = _GatheredLinear.apply(x_TI, weight_OI, communicator, num_ranks)
-    return out_TO, whole_TI
+    products: tuple[Tensor, ...] = _GatheredLinears.apply(x_TI, communicator, num_ranks, *weights)
+    return products
 
 
-class _GatheredLinear(torch.autograd.Function):
+class _GatheredLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, communicator: str, num_ranks: int) -> tuple[Tensor, Tensor]:
-        out_TO, whole_TI = _gather_and_multiply(x_TI, weight_OI.mT, communicator, num_ranks)
-        ctx.save_for_backward(whole_TI, weight_OI)
+    def forward(ctx: Any, x_TI: Tensor, communicator: str, num_ranks: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        first_TO, whole_TI = _gather_and_multiply(x_TI, weights[0].mT, communicator, num_ranks)
+        ctx.save_for_backward(whole_TI, *weights)
         ctx.group = (communicator, num_ranks)
-        ctx.mark_non_differentiable(whole_TI)
-        return out_TO, whole_TI
+        return (first_TO, *(whole_TI @ weight_OI.mT for weight_OI in weights[1:]))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        whole_TI, weight_OI = ctx.saved_tensors
-        grad_TO = grads[0].contiguous()
-        return _multiply_and_scatter(grad_TO, weight_OI, *ctx.group), grad_TO.mT @ whole_TI, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        whole_TI, *weights = ctx.saved_tensors
+        # Side by side they are one product, whose sum over ranks is made while it is multiplied.
+        grad_TO, weight_OI = torch.cat(grads, dim=1), torch.cat(weights)
+        grad_x_TI = _multiply_and_scatter(grad_TO, weight_OI, *ctx.group)
+        wanted = ctx.needs_input_grad[3:]
+        of_weights = (grad.mT @ whole_TI if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
+        return grad_x_TI, None, None, *of_weights
 
 
 def scattered_linear(x_TI: Tensor, weight_OI: Tensor, communicator: str, num_ranks: int) -> Tensor:
@@ -192,10 +204,10 @@ class _ScatteredLinear(torch.autograd.Function):
         return _multiply_and_scatter(x_TI, weight_OI.mT, communicator, num_ranks)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x_TI, weight_OI = ctx.saved_tensors
         grad_x_TI, grad_TO = _gather_and_multiply(grads[0].contiguous(), weight_OI, *ctx.group)
-        return grad_x_TI, grad_TO.mT @ x_TI, None, None
+        return grad_x_TI, grad_TO.mT @ x_TI if ctx.needs_input_grad[1] else None, None, None
 
 
 def _gather_and_multiply(x: Tensor, right: Tensor, communicator: str, num_ranks: int) -> tuple[Tensor, Tensor]:

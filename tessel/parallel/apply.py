@@ -22,6 +22,7 @@ from tessel.model.transformer import Transformer
 from tessel.parallel.context import apply_context_parallel
 from tessel.parallel.expert import apply_expert_parallel
 from tessel.parallel.groups import Groups
+from tessel.parallel.overlap import FusedProducts
 from tessel.parallel.tensor import apply_tensor_parallel
 
 
@@ -51,15 +52,16 @@ def parallelize(
     compile: bool,
     sharding: Sharding | None,
     hold: Callable[[Transformer], None] | None = None,
+    products: FusedProducts | None = None,
 ) -> list[Transformer]:
     """This process's part of the model, one module for each of its pipeline stages.
 
     `build` makes a whole model on the meta device; `load` fills the parts in with weights once they are shared
-    out, so that no process ever holds more than it keeps. `hold` changes how a part holds what is its own. One
-    process alone has no `groups`, and the whole model. Without `sharding`, parameters stay plain tensors: one copy in
-    fp32 needs none.
+    out, so that no process ever holds more than it keeps. `hold` changes how a part holds what is its own;
+    `products`: as of `apply_tensor_parallel`. One process alone has no `groups`, and the whole model. Without
+    `sharding`, parameters stay plain tensors: one copy in fp32 needs none.
     """
-    parts = [build()] if groups is None else _own_parts(build, config, groups, stages, layout)
+    parts = [build()] if groups is None else _own_parts(build, config, groups, stages, layout, products)
     for part in parts:
         if hold is not None:
             hold(part)
@@ -72,16 +74,21 @@ def parallelize(
 
 
 def _own_parts(
-    build: Callable[[], Transformer], config: ModelConfig, groups: Groups, stages: Stages, layout: Layout
+    build: Callable[[], Transformer],
+    config: ModelConfig,
+    groups: Groups,
+    stages: Stages,
+    layout: Layout,
+    products: FusedProducts | None,
 ) -> list[Transformer]:
     if groups.pp is None:
         parts = [build()]
     else:
         parts = [keep_stage(build(), stage) for stage in stages.of_rank(groups.place.pp)]
     for part in parts:
-        apply_tensor_parallel(part, config, groups, layout.sequence_parallel)
+        apply_tensor_parallel(part, config, groups, layout.sequence_parallel, products)
         if config.num_experts:
-            apply_expert_parallel(part, config, groups)
+            apply_expert_parallel(part, config, groups, products)
         apply_context_parallel(part, groups, layout.cp_comm_type, layout.ulysses_degree_in_cp)
     return parts
 

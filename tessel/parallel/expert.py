@@ -28,12 +28,16 @@ from tessel.model.moe import Compute, MixtureOfExperts, opposite, permute
 from tessel.model.transformer import Transformer
 from tessel.parallel.collectives import all_to_all, join_from
 from tessel.parallel.groups import Groups
+from tessel.parallel.overlap import FusedProducts
 from tessel.parallel.tensor import Boundary, cut_parameters, parallelize_mlp
 
 
-def apply_expert_parallel(model: Transformer, config: ModelConfig, groups: Groups) -> None:
+def apply_expert_parallel(
+    model: Transformer, config: ModelConfig, groups: Groups, products: FusedProducts | None = None
+) -> None:
     """Give `model`, or a pipeline stage of it, this rank's experts and what takes tokens to them, in place.
 
+    `products`: as of `apply_tensor_parallel`, for the expert that sees every token.
     After `apply_tensor_parallel`, which cuts all else, and with sequence parallelism where there is
     tensor parallelism. Weights may be on the meta device or real. Routers learn who shares their tokens.
 
@@ -50,7 +54,7 @@ def apply_expert_parallel(model: Transformer, config: ModelConfig, groups: Group
         if groups.ep is not None or groups.etp is not None:
             module.experts.exchange = ExpertExchange(groups.ep, groups.etp)
         if module.shared_expert is not None and groups.tp is not None:
-            parallelize_mlp(module.shared_expert, Boundary(groups.tp, sequence_parallel=True))
+            parallelize_mlp(module.shared_expert, Boundary(groups.tp, sequence_parallel=True, products=products))
 
 
 @dataclass(frozen=True)

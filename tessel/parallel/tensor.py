@@ -27,7 +27,7 @@ Entered activations are kept for backward, not gathered again. Recomputed layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,12 @@ from tessel.layout.sharding import rule_of
 from tessel.layout.tiles import Tile, tile_of
 from tessel.model.attention import Attention, AttentionFn, Visibility
 from tessel.model.config import ModelConfig
-from tessel.model.layers import MLP, Linear
+from tessel.model.layers import MLP, Linear, project
 from tessel.model.lora import Adapter
 from tessel.model.transformer import Decoder, Layer, Transformer
 from tessel.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from tessel.parallel.groups import Groups
+from tessel.parallel.overlap import FusedProducts
 from tessel.parallel.vocabulary import RankVocabulary, VocabularyEmbedding
 from tessel.runtime.random import own_stream
 
@@ -52,12 +53,14 @@ from tessel.runtime.random import own_stream
 class Boundary:
     """How activations enter the region where tensor-parallel ranks differ, and leave it.
 
-    Outside it they are whole on every rank, or with `sequence_parallel` cut along `dim`.
+    Outside it they are whole on every rank, or with `sequence_parallel` cut along `dim`. `products`: what gathers
+    or scatters them while it multiplies.
     """
 
     group: ProcessGroup
     sequence_parallel: bool
     dim: int = 1
+    products: FusedProducts | None = None
 
     def enter(self, x: Tensor) -> Tensor:
         """From what ranks share to what each works on: the whole."""
@@ -67,9 +70,20 @@ class Boundary:
         """From each rank's contribution to the sum."""
         return scatter_to(x, self.group, self.dim) if self.sequence_parallel else reduce_from(x, self.group)
 
-    def enter_first(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """`enter` as a forward pre-hook, on a module's first input."""
-        return (self.enter(inputs[0]), *inputs[1:])
+    def project(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+        """`enter` and `layers.project`; of weights with nothing beside them, the first product with its gather."""
+        weights = [linear.weight for linear in linears]
+        sizes = x.shape[-1], sum(len(weight) for weight in weights)
+        if self.products is None or not _are_alone(linears) or not self.products.takes(*sizes):
+            return project(self.enter(x), *linears)
+        pairs = zip(self.products.gathered(x, weights), linears, strict=True)
+        return tuple(y if linear.bias is None else y + linear.bias for y, linear in pairs)
+
+    def leave_from(self, linear: Linear, x: Tensor) -> Tensor:
+        """`leave` with what `linear` makes of x, without its bias."""
+        if self.products is None or not _are_alone([linear]) or not self.products.takes(*linear.weight.shape):
+            return self.leave(linear.with_adapter(x, None))
+        return self.products.scattered(x, linear.weight)
 
     def enter_after(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """`enter` as a forward hook, on a module's output."""
@@ -88,13 +102,25 @@ class RowLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., this rank's in_features] -> [..., out_features]."""
-        y = self.boundary.leave(self.with_adapter(x, None))
+        y = self.boundary.leave_from(self, x)
         return y if self.bias is None else y + self.bias
 
 
-def apply_tensor_parallel(model: Transformer, config: ModelConfig, groups: Groups, sequence_parallel: bool) -> None:
+def _are_alone(linears: Sequence[Linear]) -> bool:
+    """Whether nothing is learned beside the weights, and they are held as numbers."""
+    return all(linear.lora is None and linear.nf4 is None for linear in linears)
+
+
+def apply_tensor_parallel(
+    model: Transformer,
+    config: ModelConfig,
+    groups: Groups,
+    sequence_parallel: bool,
+    products: FusedProducts | None = None,
+) -> None:
     """Give `model`, or a pipeline stage of it, this rank's tiles and the boundaries, in place.
 
+    `products`: with sequence parallelism, what multiplies and gathers or scatters at once.
     Weights may be on the meta device or real. Experts stay as they are, and so does a layer's `mlp` that
     is not an `MLP`: it gets the tokens of this rank. Nothing is done where the degree is 1.
 
@@ -107,7 +133,7 @@ def apply_tensor_parallel(model: Transformer, config: ModelConfig, groups: Group
     tiles = {name: tile_of(rule, groups.topology, groups.place) for name, rule in rules.items() if not rule.is_expert}
     cut_parameters(model, tiles)
 
-    boundary = Boundary(groups.tp, sequence_parallel)
+    boundary = Boundary(groups.tp, sequence_parallel, products=products)
     for module in list(model.modules()):
         if isinstance(module, Layer):
             parallelize_attention(module.self_attn, boundary)
@@ -121,13 +147,13 @@ def apply_tensor_parallel(model: Transformer, config: ModelConfig, groups: Group
 
 def parallelize_attention(attention: Attention, boundary: Boundary) -> None:
     """The boundaries of attention, whose projections hold this rank's heads."""
-    attention.register_forward_pre_hook(boundary.enter_first)
+    attention.project = boundary.project
     attention.o_proj = RowLinear(attention.o_proj, boundary)  # type: ignore[assignment]
 
 
 def parallelize_mlp(mlp: MLP, boundary: Boundary) -> None:
     """The boundaries of an MLP, whose projections hold this rank's features."""
-    mlp.register_forward_pre_hook(boundary.enter_first)
+    mlp.project = boundary.project
     mlp.down_proj = RowLinear(mlp.down_proj, boundary)  # type: ignore[assignment]
 
 

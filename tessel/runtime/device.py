@@ -6,9 +6,6 @@ import functools
 import importlib.util
 import os
 import platform
-import resource
-import sys
-import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -17,13 +14,13 @@ import torch
 
 from tessel.errors import TesselError, UsageError
 from tessel.runtime import ascend
+from tessel.runtime.memory import PeakSampler
 from tessel.runtime.peaks import FLOPS_16BIT, FLOPS_32BIT
 from tessel.runtime.world import World
 
 _ACCELERATORS = ("cuda", "npu")
 KINDS = {"cpu": "CPU", "cuda": "NVIDIA GPU", "npu": "Ascend NPU"}
 """The names of devices' types in reports."""
-_SAMPLE_INTERVAL_S = 0.05
 
 
 def load_plugins() -> None:
@@ -173,51 +170,7 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def resident_bytes() -> int:
-    """Private memory of this process now: RssAnon + RssShmem.
-
-    File-backed pages don't count: a memory-mapped checkpoint can be dropped at any time. Where the
-    system does not tell (outside Linux), the peak resident set.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    kibibytes = 0
-    for line in status.read_text().splitlines():
-        if line.startswith(("RssAnon:", "RssShmem:")):
-            kibibytes += int(line.split()[1])
-    return kibibytes * 1024
-
-
-class _PeakSampler:
-    """The largest `resident_bytes` since the last reset, sampled by a thread that dies with the process.
-
-    Linux keeps a high-water mark only of the whole resident set, file-backed pages included, so
-    the private part has to be sampled. One sample takes tens of microseconds.
-    """
-
-    def __init__(self) -> None:
-        self._peak_bytes = 0
-        self._thread: threading.Thread | None = None
-
-    def reset(self) -> None:
-        self._peak_bytes = resident_bytes()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._sample, name="memory sampler", daemon=True)
-            self._thread.start()
-
-    def peak_bytes(self) -> int:
-        self._peak_bytes = max(self._peak_bytes, resident_bytes())
-        return self._peak_bytes
-
-    def _sample(self) -> None:
-        while True:
-            time.sleep(_SAMPLE_INTERVAL_S)
-            self.peak_bytes()
-
-
-_cpu_peak = _PeakSampler()
+_cpu_peak = PeakSampler()
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -303,13 +256,38 @@ def vendor_kernels_available(device: torch.device) -> tuple[bool, str]:
     """Whether the vendor's operators of `model/vendor.py` run on this device; with the reason, for or against."""
     if device.type != "npu":
         return False, f"torch_npu's operators are for Ascend NPUs, this is {device.type}"
-    wanted = ("npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_grouped_matmul",
-              "npu_moe_token_permute", "npu_moe_token_unpermute")  # fmt: skip
+    wanted = ("npu_fusion_attention", "npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_swiglu",
+              "npu_grouped_matmul", "npu_moe_token_permute", "npu_moe_token_unpermute")  # fmt: skip
     missing = [name for name in wanted if not hasattr(torch.ops.npu, name)]
     version = metadata.version("torch_npu")
     if missing:
         return False, f"torch_npu {version} has no {', '.join(missing)}: install the one for torch {torch.__version__}"
     return True, f"torch_npu {version} is there for {device}"
+
+
+def fused_products_available(device: torch.device, num_ranks: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the vendor's products with a gather or a scatter inside them run between `num_ranks` devices in a row.
+
+    Returns the answer, and with it what they are, or what stands against them.
+    """
+    if device.type != "npu":
+        return False, f"MC2 is for Ascend NPUs, this is {device.type}"
+    if dtype.itemsize != 2:
+        return False, f"MC2 multiplies in bf16 and fp16, and this run computes in {str(dtype).removeprefix('torch.')}"
+    num_devices = torch.accelerator.device_count()
+    if num_ranks not in (2, 4, 8, 16, 32) or num_ranks > num_devices:
+        return False, f"MC2 is for 2, 4, 8, 16 or 32 NPUs of one machine, and these are {num_ranks} of {num_devices}"
+    names = ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base")
+    missing = [name for name in names if not hasattr(torch.ops.npu, name)]
+    if missing:
+        return False, f"torch_npu has no {missing[0]}"
+    return True, f"{' and '.join(names)} (MC2), in attention and MLPs"
+
+
+def communicator_name(group: torch.distributed.ProcessGroup, device: torch.device) -> str:
+    """What the vendor's library calls the group; made there if it is not yet."""
+    name: str = group._get_backend(device).get_hccl_comm_name(torch.distributed.get_rank())  # type: ignore[attr-defined]
+    return name
 
 
 @functools.cache

@@ -140,6 +140,17 @@ def _norm_cases(kernel: Computation) -> list[Case]:
     ]
 
 
+def _residual_norm_cases(kernel: Callable[..., tuple[Tensor, Tensor]]) -> list[Case]:
+    def reference(x: Tensor, added: Tensor, weight: Tensor) -> Tensor:
+        summed = x + added
+        return torch.cat((summed, summed * (summed.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * weight))
+
+    def ours(x: Tensor, added: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(kernel(x, added, weight, 1e-6))
+
+    return [Case(_random(shape, shape, shape[-1:]), ours, reference) for shape in ROW_SHAPES]
+
+
 def _rotary_cases(kernel: Computation) -> list[Case]:
     def case(shape: tuple[int, ...]) -> Case:
         batch, length, heads, _, dim = shape
@@ -222,6 +233,7 @@ def _loss_cases() -> list[Case]:
 CASES: dict[str, Callable[[Any], list[Case]]] = {
     "attention": _attention_cases,
     "norm": _norm_cases,
+    "residual norm": _residual_norm_cases,
     "rotary": _rotary_cases,
     "swiglu": _swiglu_cases,
     "grouped": _grouped_cases,

@@ -42,7 +42,7 @@ from tessel.parallel.apply import Sharding, parallelize
 from tessel.parallel.context import localizer
 from tessel.parallel.gradients import PartialSums, num_copies
 from tessel.parallel.groups import Groups, build_groups
-from tessel.parallel.overlap import enable_overlap
+from tessel.parallel.overlap import FusedProducts, enable_overlap
 from tessel.parallel.peers import Peers
 from tessel.parallel.pipeline import PipelineRunner
 from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
@@ -92,12 +92,6 @@ def build_learner(
     balance = Balance(model_config, RouterOptions.from_options(cfg.experts))
     tiles = tiles_of(model_config, groups)
     stages = stages_asked(cfg.layout, model_config.num_hidden_layers)
-    if cfg.layout.tp_comm_overlap:
-        log(
-            enable_overlap(
-                device, None if groups is None else groups.tp, cfg.layout.sequence_parallel, _compiles(cfg, device)
-            )
-        )
     parts = parallelize(
         _builder(cfg, model_config, balance, device),
         model_config,
@@ -108,6 +102,7 @@ def build_learner(
         _compiles(cfg, device),
         _sharding(cfg, groups, dtype, device, stack),
         _hold(model_config, tiles, dtype),
+        _products(cfg, groups, dtype, device),
     )
     parameters = named_parameters(parts)
     optimizer_groups = parameter_groups(parameters.items(), model_config, cfg.optimizer)
@@ -154,7 +149,7 @@ def build_reference(
         groups,
         stages,
         cfg.layout,
-        lambda parts: _load_weights(parts, tiles, plain, source, cfg, device),
+        lambda parts: load_weights(parts, tiles, plain, source, cfg, device),
         _compiles(cfg, device),
         _sharding(cfg, groups, dtype, device, stack),
     )
@@ -169,6 +164,16 @@ def _compiles(cfg: RunConfig, device: torch.device) -> bool:
     if refusal is not None:
         warn_once(refusal)
     return cfg.kernels.compile and refusal is None
+
+
+def _products(cfg: RunConfig, groups: Groups | None, dtype: torch.dtype, device: torch.device) -> FusedProducts | None:
+    """What multiplies and gathers or scatters at once, where `--tp-comm-overlap` asks for it and the device can."""
+    if not cfg.layout.tp_comm_overlap:
+        return None
+    group = None if groups is None else groups.tp
+    products, line = enable_overlap(device, group, cfg.layout.sequence_parallel, _compiles(cfg, device), dtype)
+    log(line)
+    return products
 
 
 def _hold(
@@ -276,14 +281,14 @@ def _load_all(
     adapting: Adapting | None,
 ) -> None:
     if adapting is None:
-        _load_weights(parts, tiles, model_config, source, cfg, device)
+        load_weights(parts, tiles, model_config, source, cfg, device)
         return
-    _load_weights(parts, tiles, model_config, adapting.base, cfg, device)
+    load_weights(parts, tiles, model_config, adapting.base, cfg, device)
     load_adapters(parts, tiles, model_config, adapting, source, cfg.precision.seed)
 
 
-def _load_weights(
-    parts: Sequence[Transformer],
+def load_weights(
+    parts: Sequence[nn.Module],
     tiles: Mapping[str, Tile],
     model_config: ModelConfig,
     source: Source,
@@ -319,7 +324,7 @@ def _load_weights(
             run_checkpoint.load_tensors(source.folder, source.iteration, tiled(weights, tiles))
 
 
-def _make_room(part: Transformer, tiles: Mapping[str, Tile], device: torch.device) -> None:
+def _make_room(part: nn.Module, tiles: Mapping[str, Tile], device: torch.device) -> None:
     """Memory for what this process holds of its parameters: padding is 0, and nothing else in it yet."""
     try:
         part.to_empty(device=device)

@@ -189,7 +189,7 @@ from tessel.checkpoint import huggingface
 from tessel.checkpoint.weights import read_tensors
 from tessel.model.config import ModelConfig
 from tessel.model.transformer import Transformer
-from tessel.runtime.device import resident_bytes
+from tessel.runtime.memory import resident_bytes
 
 what, folder = sys.argv[1], Path(sys.argv[2])
 peak, stop = 0, threading.Event()

@@ -85,6 +85,13 @@ def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tenso
     return (wide * rstd * gamma.float()).to(input.dtype), rstd
 
 
+def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """(norm, 1 / rms, sum)."""
+    assert x1.shape == x2.shape and x1.dtype == x2.dtype == gamma.dtype
+    summed = x1 + x2
+    return *rms_norm(summed, gamma, epsilon), summed
+
+
 def rotary_mul(
     input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
 ) -> Tensor:
@@ -150,6 +157,7 @@ def mm_reduce_scatter_base(input: Tensor, x2: Tensor, hcom: str, world_size: int
 MEANINGS: dict[str, Any] = {
     "npu_fusion_attention": fusion_attention,
     "npu_rms_norm": rms_norm,
+    "npu_add_rms_norm": add_rms_norm,
     "npu_rotary_mul": rotary_mul,
     "npu_swiglu": swiglu,
     "npu_grouped_matmul": grouped_matmul,

@@ -7,6 +7,7 @@ import torch
 
 from tessel.errors import TesselError, UsageError
 from tessel.runtime import device as devices
+from tessel.runtime.memory import resident_bytes
 
 CPU = torch.device("cpu")
 
@@ -45,10 +46,10 @@ def test_peak_memory_sees_what_was_freed_between_two_looks() -> None:
 def test_mapped_files_do_not_count(tmp_path: object) -> None:
     path = f"{tmp_path}/weights"
     torch.ones(64 * 2**20, dtype=torch.uint8).numpy().tofile(path)
-    before = devices.resident_bytes()
+    before = resident_bytes()
     mapped = torch.from_file(path, shared=False, size=64 * 2**20, dtype=torch.uint8)
     assert mapped.sum().item() == 64 * 2**20
-    assert devices.resident_bytes() < before + 32 * 2**20
+    assert resident_bytes() < before + 32 * 2**20
 
 
 def test_peak_flops_of_a_card_come_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
