@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -124,9 +123,7 @@ class _Run:
         self._adapting, self._groups = found.adapting, groups
         self._identity = run_identity(cfg, found.model_config, splits)
         self._saved_state = self._read_saved_state()
-        self._learner: Learner = build(
-            cfg, found.model_config, self._source, device, groups, stack, self._adapting
-        )
+        self._learner: Learner = build(cfg, found.model_config, self._source, device, groups, stack, self._adapting)
         self._scheduler = self._build_scheduler()
 
     def _read_saved_state(self) -> dict[str, Any] | None:
