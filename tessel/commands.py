@@ -30,7 +30,7 @@ from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
 from tessel.config.tune import with_defaults
 from tessel.config.validate import advice, validate, validate_samples
-from tessel.entry import note, read, read_for_use, use_model
+from tessel.entry import note, read, use_model
 from tessel.errors import TesselError
 from tessel.launch import launch, starts_processes
 from tessel.runtime.failure import shown_once
@@ -174,7 +174,7 @@ def generate(argv: list[str]) -> None:
 
         command.generate(cfg, given)
 
-    use_model(verbs.GenerateConfig, argv, "generate", validate_generate, target)
+    use_model(verbs.GenerateConfig, argv, "generate", lambda cfg, _: validate_generate(cfg), target)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -188,29 +188,31 @@ def evaluate(argv: list[str]) -> None:
         if results is not None and cfg.output is not None and voice.is_heard:
             draw_accuracies(results, Path(cfg.output) / CHART)
 
-    use_model(EvaluateConfig, argv, "evaluate", validate_evaluate, target, replicas=True)
+    use_model(EvaluateConfig, argv, "evaluate", lambda cfg, _: validate_evaluate(cfg), target, replicas=True)
 
 
 def chat(argv: list[str]) -> None:
     """Talk with a trained model."""
-    found = read_for_use(ChatConfig, argv, "chat", validate_chat)
-    if found is None:
-        return
-    from tessel.generate import chat as target
 
-    target.chat(*found)
+    def target(cfg: ChatConfig, given: frozenset[str]) -> None:
+        from tessel.generate import chat as verb
+
+        verb.chat(cfg, given)
+
+    use_model(ChatConfig, argv, "chat", validate_chat, target)
 
 
 def serve(argv: list[str]) -> None:
     """Serve a trained model over HTTP, with OpenAI's API and a chat page."""
-    found = read_for_use(ServeConfig, argv, "serve", validate_serve)
-    if found is None:
-        return
-    try:
-        from tessel.serve import command as target
-    except ImportError as error:
-        raise TesselError(f"tessel serve needs {error.name}: pip install 'tessel[serve]'.") from error
-    target.serve(*found)
+
+    def target(cfg: ServeConfig, given: frozenset[str]) -> None:
+        try:
+            from tessel.serve import command
+        except ImportError as error:
+            raise TesselError(f"tessel serve needs {error.name}: pip install 'tessel[serve]'.") from error
+        command.serve(cfg, given)
+
+    use_model(ServeConfig, argv, "serve", validate_serve, target)
 
 
 def inspect(argv: list[str]) -> None:

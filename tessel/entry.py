@@ -58,19 +58,19 @@ def use_model(
     cls: type[Using],
     argv: list[str],
     verb: str,
-    check: Callable[[Using], Using],
+    check: Callable[[Using, frozenset[str]], Using],
     target: Callable[[Using, frozenset[str]], None],
     replicas: bool = False,
 ) -> None:
     """Do a verb that uses a model, on this process or on several that are started here.
 
-    `target` gets the configuration and the fields that were given. `replicas`: more than one copy may be used.
+    `check` and `target` get the configuration and the fields that were given. `replicas`: several copies may be used.
     """
     world = World.from_environment()
     voice.speak_as(world.rank)
     with shown_once(world):
         parsed = parse(cls, argv, f"tessel {verb}", GENERATION)
-        cfg = check(parsed.value)
+        cfg = check(parsed.value, parsed.given)
         if not is_launched():
             note(*parsed.notes)
         if parsed.print_config:
@@ -88,22 +88,6 @@ def use_model(
 
         check_versions()
         target(cfg, parsed.given)
-
-
-def read_for_use(
-    cls: type[Config], argv: list[str], verb: str, check: Callable[[Config, frozenset[str]], Config]
-) -> tuple[Config, frozenset[str]] | None:
-    """As `read`, of a verb that uses a model; with the fields that were given."""
-    parsed = parse(cls, argv, f"tessel {verb}", GENERATION)
-    cfg = check(parsed.value, parsed.given)
-    note(*parsed.notes)
-    if parsed.print_config:
-        print(format_config(cfg, mark_changes(parsed.value, cfg, parsed.provenance, "derived")))
-        return None
-    from tessel.runtime.versions import check_versions
-
-    check_versions()
-    return cfg, parsed.given
 
 
 def note(*lines: str) -> None:

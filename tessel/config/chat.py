@@ -63,7 +63,6 @@ def validate_chat(cfg: ChatConfig, given: Collection[str]) -> ChatConfig:
         UsageError: a rule is broken.
     """
     check_loading(cfg.loading)
-    check_one_process("chat", cfg.loading, cfg.launch)
     check_drawing(cfg.drawing)
     if cfg.drawing.num_beams > 1:
         raise UsageError("--num-beams searches for a whole text, and chat shows it as it grows: leave it out.")
@@ -74,25 +73,6 @@ def validate_chat(cfg: ChatConfig, given: Collection[str]) -> ChatConfig:
     if "max_new_tokens" not in given:
         cfg = replace(cfg, drawing=replace(cfg.drawing, max_new_tokens=MAX_NEW_TOKENS))
     return replace(cfg, templating=checked_templating(cfg.templating))
-
-
-def check_one_process(verb: str, loading: Loading, launch: Launch) -> None:
-    """Refuse a layout over several processes.
-
-    Raises:
-        UsageError: one is asked for.
-    """
-    degrees = {
-        "--nproc-per-node": launch.nproc_per_node or 1,
-        "--tensor-model-parallel-size": loading.tensor_model_parallel_size,
-        "--pipeline-model-parallel-size": loading.pipeline_model_parallel_size,
-        "--expert-model-parallel-size": loading.expert_model_parallel_size,
-    }
-    for flag, degree in degrees.items():
-        if degree > 1:
-            raise UsageError(
-                f"{flag} {degree}: tessel {verb} runs on one process. Leave it out; tessel generate runs on several."
-            )
 
 
 def checked_templating(cfg: Templating) -> Templating:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from tessel.config.chat import Templating, check_one_process, checked_templating
+from tessel.config.chat import Templating, checked_templating
 from tessel.config.field import option
 from tessel.config.generate_rules import check_loading
 from tessel.config.layout import Launch
@@ -65,7 +65,6 @@ def validate_serve(cfg: ServeConfig, given: Collection[str]) -> ServeConfig:
         UsageError: a rule is broken.
     """
     check_loading(cfg.loading)
-    check_one_process("serve", cfg.loading, cfg.launch)
     if not 0 <= cfg.port <= 65535:
         raise UsageError(f"--port is {cfg.port}: it must be from 0, which is any free one, to 65535.")
     if cfg.api_key == "":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tessel.errors import UsageError
 from tessel.evaluate.exam import Item
+from tessel.generate.load import num_replicas
 from tessel.layout.topology import Topology
 
 
@@ -20,17 +20,10 @@ class Replica:
 
     @classmethod
     def of(cls, topology: Topology, rank: int) -> Replica:
-        """
-        Raises:
-            UsageError: replicas share experts, so that they cannot work apart.
-        """
-        if topology.dp > 1 and topology.ep * topology.etp > topology.tp:
-            raise UsageError(
-                f"--expert-model-parallel-size {topology.ep} deals experts out over replicas, which answer different "
-                f"questions here: start {topology.tp * topology.pp} processes, or lower it."
-            )
-        place = topology.place(rank)
-        return cls(place.dp, topology.dp, place.tp == 0 and place.pp == 0)
+        """The copy that a rank belongs to. Those that share experts are one, whose processes do the same."""
+        place, number = topology.place(rank), num_replicas(topology)
+        copy, within = divmod(place.dp, topology.dp // number)
+        return cls(copy, number, place.tp == place.pp == within == 0)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This replica's part, one piece, so that beginnings that questions share stay together."""

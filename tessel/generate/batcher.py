@@ -8,7 +8,7 @@ kept takes them over and computes the rest alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,7 +87,8 @@ class Batcher:
     `max_running`: texts in a step. `max_tokens`: tokens of prompts and continuations that running texts may come
     to together; a request waits until there is room, and none is ever thrown out. `prefill_tokens`: prompt tokens
     in a step, so that a long prompt does not stop the others for long. `kept_tokens`: tokens of ended texts that are
-    kept for prompts that begin alike; 0 keeps none.
+    kept for prompts that begin alike; 0 keeps none. `agree` turns the tokens that were chosen in a step into those
+    that are taken: processes that hold one model must take the same.
     """
 
     def __init__(
@@ -100,10 +101,11 @@ class Batcher:
         max_tokens: int = 1 << 20,
         prefill_tokens: int = 1024,
         kept_tokens: int = 0,
+        agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
     ) -> None:
         self._model, self._decoder, self._device = model, decoder, torch.device(device)
         self._max_running, self._max_tokens = max_running, max_tokens
-        self._prefill_tokens, self._kept_tokens = prefill_tokens, kept_tokens
+        self._prefill_tokens, self._kept_tokens, self._agree = prefill_tokens, kept_tokens, agree
         self._cache = KeyValueCache()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Running] = {}
@@ -158,6 +160,7 @@ class Batcher:
         if waits or number in self._running:
             self._cancelled.append(number)
 
+    @torch.inference_mode()
     def step(self) -> list[Event]:
         """Give each running text its next token, or the next piece of its prompt. Empty where there is nothing to do.
 
@@ -171,9 +174,9 @@ class Batcher:
         self.counts.steps += 1
         logits_RV = self._forward(pieces)
         done = [(text, row) for row, (text, end) in enumerate(pieces) if end == text.num_tokens]
-        greedy = self._likeliest(logits_RV, done)
-        for text, row in done:
-            events.append(self._advance(text, logits_RV[row], greedy.get(row)))
+        tokens = self._agree(_chosen(logits_RV, done)) if done else []
+        for (text, row), token in zip(done, tokens, strict=True):
+            events.append(self._advance(text, logits_RV[row], token))
         return events
 
     # ------------------------------------------------------------------------------------- who runs
@@ -266,7 +269,6 @@ class Batcher:
                 pieces.append((text, end))
         return pieces
 
-    @torch.inference_mode()
     def _forward(self, pieces: Sequence[tuple[_Running, int]]) -> Tensor:
         """Logits [R, V] after each piece."""
         begins = [self._cache.length(text.slot) for text, _ in pieces]
@@ -279,28 +281,11 @@ class Batcher:
         self._cache.commit()
         return logits_1RV[0]
 
-    @staticmethod
-    def _likeliest(logits_RV: Tensor, done: Sequence[tuple[_Running, int]]) -> dict[int, int]:
-        """The likeliest token of each row that needs nothing but that, in one go."""
-        rows = [
-            row
-            for text, row in done
-            if text.request.sampling.greedy and text.request.sampling.repetition_penalty == 1.0
-        ]
-        if not rows:
-            return {}
-        return dict(zip(rows, logits_RV[rows].argmax(dim=-1).tolist(), strict=True))
-
-    @torch.inference_mode()
-    def _advance(self, text: _Running, logits_V: Tensor, likeliest: int | None) -> Event:
+    def _advance(self, text: _Running, logits_V: Tensor, token: int) -> Event:
         request = text.request
         if text.num_tokens == text.end and text.num_new == 0:  # no token is asked for
             self._leave(text)
             return Event(text.number, finish="length")
-        token = likeliest
-        if token is None:
-            seen = torch.from_numpy(text.ids[: text.num_tokens]).to(logits_V.device)
-            token = next_token(logits_V, request.sampling, text.generator, seen)
         self.counts.new_tokens += 1
         if token in request.stop_ids:
             return self._end(text, None, "", "stop", logits_V)
@@ -320,6 +305,23 @@ class Batcher:
         self._leave(text)
         logprob, top = (None, ()) if token is None else _logprobs(logits_V, token, text.request.num_logprobs)
         return Event(text.number, token, piece, logprob, top, finish)
+
+
+def _chosen(logits_RV: Tensor, done: Sequence[tuple[_Running, int]]) -> list[int]:
+    """The next token of each text whose row of logits is there; where that is the likeliest, of all in one go."""
+    samplings = [text.request.sampling for text, _ in done]
+    is_likeliest = [sampling.greedy and sampling.repetition_penalty == 1.0 for sampling in samplings]
+    rows = [row for (_, row), plain in zip(done, is_likeliest, strict=True) if plain]
+    likeliest = iter(logits_RV[rows].argmax(dim=-1).tolist() if rows else ())
+    return [
+        next(likeliest) if plain else _drawn(logits_RV[row], text)
+        for (text, row), plain in zip(done, is_likeliest, strict=True)
+    ]
+
+
+def _drawn(logits_V: Tensor, text: _Running) -> int:
+    seen = torch.from_numpy(text.ids[: text.num_tokens]).to(logits_V.device)
+    return next_token(logits_V, text.request.sampling, text.generator, seen)
 
 
 def _common_length(a: np.ndarray, b: np.ndarray) -> int:

@@ -18,6 +18,7 @@ from tessel.errors import TesselError
 from tessel.generate.batcher import Batcher
 from tessel.generate.dialogues import THOUGHT_TAGS, ChatTemplate
 from tessel.generate.load import Opened, open_for_use
+from tessel.generate.lockstep import in_step, waiting
 from tessel.generate.prompts import sampling_of, stop_ids_of
 from tessel.generate.request import Event, Request
 from tessel.generate.terminal import Terminal, history_file, stoppable
@@ -43,13 +44,16 @@ def chat(cfg: ChatConfig, given: frozenset[str] = frozenset()) -> None:
     """
     with open_for_use(cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given, together=False) as opened:
         template = ChatTemplate.of(opened.tokenizer, cfg.templating)
-        terminal = Terminal(history_file(cfg.history_file))
-        for line in (*opened.notes, f"template: {template.source}"):
-            terminal.say(line)
-        try:
-            Chat(cfg, opened, template, terminal).run()
-        finally:
-            terminal.close()
+        with in_step(opened, max_running=1, kept_tokens=opened.config.max_position_embeddings) as batcher:
+            if batcher is None:
+                return
+            terminal = Terminal(history_file(cfg.history_file))
+            for line in (*opened.notes, f"template: {template.source}"):
+                terminal.say(line)
+            try:
+                Chat(cfg, opened, template, terminal, batcher).run()
+            finally:
+                terminal.close()
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Chat:
     opened: Opened
     template: ChatTemplate
     terminal: Terminal
+    batcher: Batcher
     messages: list[Message] = field(default_factory=list)
     system: str = ""
     thought: str = ""
@@ -70,13 +75,6 @@ class Chat:
         opened, drawing = self.opened, self.cfg.drawing
         self.system = self.cfg.system or ""
         self.stop_ids = stop_ids_of(drawing, opened.stop_ids | self.template.stop_ids(), opened.tokenizer)
-        self.batcher = Batcher(
-            opened.model,
-            opened.tokenizer,
-            device=opened.device,
-            max_running=1,
-            kept_tokens=opened.config.max_position_embeddings,
-        )
         self._commands: dict[str, Callable[[str], None]] = {
             "/system": self._set_system,
             "/clear": self._clear,
@@ -93,7 +91,8 @@ class Chat:
             self.terminal.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
             try:
-                said = self.terminal.read()
+                with waiting(self.batcher):
+                    said = self.terminal.read()
             except KeyboardInterrupt:
                 if not self.terminal.is_interactive:
                     raise

@@ -6,6 +6,7 @@ them take the same steps: what one decides by logits and seeds, the others do to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ class Opened:
     """A model to use, and what belongs to it.
 
     `model` is called as `batcher.Model` says. `stop_ids` end a text, by the model's files, else the tokenizer's
-    end-of-document id. `topology`: of several `processes`, who holds what; its `dp` replicas see different texts.
+    end-of-document id. `topology`: of several `processes`, who holds what; see `num_replicas`.
     `notes`: what to tell the user, a line each.
     """
 
@@ -181,8 +182,8 @@ def _find(
     layout = layout_of(loading, config)
     topology = topology_of(layout, world.world_size, config)
     check_model(config, layout, topology)
-    if topology.dp > 1 and not replicas:
-        product = topology.tp * topology.pp
+    if (copies := num_replicas(topology)) > 1 and not replicas:
+        product = world.world_size // copies
         raise UsageError(
             f"{world.world_size} processes are more than --tensor-model-parallel-size {topology.tp} x "
             f"--pipeline-model-parallel-size {topology.pp} = {product} need: start {product}, or raise a degree."
@@ -190,6 +191,11 @@ def _find(
     found = load_tokenizer(tokenizer or TokenizerSection(), source.folder, config.vocab_size - 1)
     check_fits(found, config.vocab_size)
     return _Found(source, config, adapter, topology, found)
+
+
+def num_replicas(topology: Topology) -> int:
+    """Copies of the model that can work apart. Those that share experts cannot, and work on the same texts."""
+    return topology.tp * topology.dp // math.lcm(topology.tp, topology.ep * topology.etp)
 
 
 def layout_of(loading: Loading, config: ModelConfig) -> Layout:

@@ -19,6 +19,8 @@ from tessel.errors import TesselError
 from tessel.generate.batcher import Batcher
 from tessel.generate.dialogues import ChatTemplate
 from tessel.generate.load import Opened, open_for_use
+from tessel.generate.lockstep import in_step
+from tessel.runtime.world import World
 from tessel.serve.app import Service, make_app
 from tessel.serve.asking import Asker
 
@@ -31,39 +33,43 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; `given` names the fields that the user set.
 
-    `on_ready` is called with the server when it takes requests, from its thread.
+    Of several processes that hold the model, rank 0 has the server, and the others take its steps. `on_ready` is
+    called with the server when it takes requests, from its thread.
 
     Raises:
         TesselError: no model, an address that cannot be listened on, or a model that failed.
     """
     with (
-        listening(cfg.host, cfg.port) as listener,
+        _listening_first(cfg) as listener,
         open_for_use(cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given) as opened,
+        in_step(opened, **batcher_options(opened, cfg.limits)) as batcher,
     ):
+        if batcher is None or listener is None:
+            return
         name = cfg.served_model_name or _name_of(cfg)
-        service = Service(name, asker_of(opened, cfg.templating, cfg.limits), cfg.limits)
+        service = Service(name, asker_of(opened, batcher, cfg.templating, cfg.limits), cfg.limits)
         server = Server(service, listener, server_key(cfg), is_loopback(cfg.host), on_ready)
         for line in (*opened.notes, *_notes(cfg, service, server.url)):
             print(line, file=sys.stderr, flush=True)
         server.run_until_told()
-    if server.has_failed:
-        raise TesselError("The model has failed (see above), and the server has ended.")
+        if server.has_failed:
+            raise TesselError("The model has failed (see above), and the server has ended.")
     print("stopped", file=sys.stderr, flush=True)
 
 
-def asker_of(opened: Opened, templating: Templating, limits: Limits) -> Asker:
-    """What turns the bodies of requests into work for a batcher, within the limits."""
+def batcher_options(opened: Opened, limits: Limits) -> dict[str, int]:
+    """The limits as a batcher takes them."""
     context = opened.config.max_position_embeddings
-    cache_tokens = limits.cache_tokens or max(limits.max_running * min(context, _USUAL_TOKENS), context + 1)
-    batcher = Batcher(
-        opened.model,
-        opened.tokenizer,
-        device=opened.device,
-        max_running=limits.max_running,
-        max_tokens=cache_tokens,
-        prefill_tokens=limits.prefill_tokens,
-        kept_tokens=limits.kept_tokens,
-    )
+    return {
+        "max_running": limits.max_running,
+        "max_tokens": limits.cache_tokens or max(limits.max_running * min(context, _USUAL_TOKENS), context + 1),
+        "prefill_tokens": limits.prefill_tokens,
+        "kept_tokens": limits.kept_tokens,
+    }
+
+
+def asker_of(opened: Opened, batcher: Batcher, templating: Templating, limits: Limits) -> Asker:
+    """What turns the bodies of requests into work for a batcher, within the limits."""
     template, problem = None, ""
     try:
         template = ChatTemplate.of(opened.tokenizer, templating)
@@ -71,8 +77,9 @@ def asker_of(opened: Opened, templating: Templating, limits: Limits) -> Asker:
         if templating.prompt_type is not None or templating.prompt_type_path is not None:
             raise
         problem = str(error)
+    context = opened.config.max_position_embeddings
     most = context if limits.max_new_tokens is None else min(limits.max_new_tokens, context)
-    return Asker(opened, batcher, template, problem, most, cache_tokens)
+    return Asker(opened, batcher, template, problem, most, batcher_options(opened, limits)["max_tokens"])
 
 
 class Server(uvicorn.Server):
@@ -126,6 +133,11 @@ class Server(uvicorn.Server):
     def _on_worker_end(self) -> None:
         if not self.should_exit:
             self.has_failed = self.should_exit = True
+
+
+def _listening_first(cfg: ServeConfig) -> contextlib.AbstractContextManager[socket.socket | None]:
+    """The server's socket, where the server is: in rank 0."""
+    return listening(cfg.host, cfg.port) if World.from_environment().rank == 0 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

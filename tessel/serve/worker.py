@@ -12,10 +12,12 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from tessel.generate.batcher import Batcher
+from tessel.generate.lockstep import IDLE_STEP_S
 from tessel.generate.request import Event, Request
 from tessel.serve.errors import ApiError
 
@@ -183,8 +185,11 @@ class Worker:
                 self._loop.call_soon_threadsafe(self._hand_out, due)
 
     def _taken(self) -> list[_Command]:
-        """The commands that are there; where there is nothing else to do, after the first has come."""
-        taken = [self._commands.get()] if self._is_idle() else []
+        """The commands that are there; where there is nothing else to do, after the first has come, or a while."""
+        taken: list[_Command] = []
+        if self._is_idle():
+            with suppress(Empty):
+                taken.append(self._commands.get(timeout=IDLE_STEP_S))
         while not self._commands.empty():
             taken.append(self._commands.get())
         return taken

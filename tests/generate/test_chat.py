@@ -19,6 +19,7 @@ from tessel.data.instruct.dialogue import Dialogue, Message
 from tessel.data.tokenizer import HuggingFaceTokenizer
 from tessel.errors import TesselError
 from tessel.generate import chat as chats
+from tessel.generate import lockstep
 from tessel.generate.batcher import Batcher
 from tessel.generate.dialogues import ChatTemplate
 from tessel.generate.engine import generate_tokens, load_model
@@ -83,7 +84,7 @@ def test_a_turn_computes_what_is_new_alone(
             super().__init__(*args, **options)
             batchers.append(self)
 
-    monkeypatch.setattr(chats, "Batcher", Watched)
+    monkeypatch.setattr(lockstep, "Batcher", Watched)
     talk(folder, "the lazy dog jumps over\nand the fox\nand so on\n")
     counts = batchers[0].counts
     assert counts.reused_tokens > counts.prompt_tokens / 3
@@ -201,7 +202,7 @@ PIECES = ["<th", "ink>\nwell, ", "the dog", " barks\n</thi", "nk>", "\n\n", "It 
 
 
 def test_thoughts_are_folded(folder: Path, talk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chats, "Batcher", Scripted(PIECES))
+    monkeypatch.setattr(lockstep, "Batcher", Scripted(PIECES))
     _, out, err = talk(folder, "the dog\n/thoughts\n")
     assert out == "It barks <b>.\n"
     assert "[thought: 4 words" in err and "well, the dog barks" in err
@@ -213,7 +214,7 @@ def test_a_prompt_may_begin_the_thought(
     folder: Path, talk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("[assistant] {%", "[assistant] <think>\n{%"))
-    monkeypatch.setattr(chats, "Batcher", Scripted(["so", "</think>", "yes"]))
+    monkeypatch.setattr(lockstep, "Batcher", Scripted(["so", "</think>", "yes"]))
     assert talk(folder, "the dog\n")[1] == "yes\n"
 
 

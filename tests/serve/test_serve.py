@@ -417,7 +417,7 @@ def test_a_port_in_use(served_folder: Path, capsys: pytest.CaptureFixture[str]) 
         (["--max-running", "0"], "--max-running is 0: it must be at least 1"),
         (["--request-timeout-s", "0"], "--request-timeout-s is 0.0: it must be above 0"),
         (["--api-key", ""], "--api-key is empty"),
-        (["--tensor-model-parallel-size", "2"], "tessel serve runs on one process"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0: it must be at least 1"),
     ],
 )
 def test_flags_that_are_wrong(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
