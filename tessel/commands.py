@@ -6,9 +6,7 @@ imported inside, so that `--help` and errors of the command line need no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from tessel.config import convert as conversion
@@ -18,98 +16,34 @@ from tessel.config.download_rules import validate_download
 from tessel.config.evaluate import EvaluateConfig, validate_evaluate
 from tessel.config.generate_rules import validate_generate
 from tessel.config.megatron import MEGATRON
-from tessel.config.parser import Parsed, parse
 from tessel.config.plan_rules import validate_plan
 from tessel.config.preprocess import MergeConfig, PreprocessConfig, SplitConfig
 from tessel.config.preprocess_flags import PREPROCESSING
 from tessel.config.preprocess_rules import validate_merge, validate_preprocess, validate_split
-from tessel.config.run import RunConfig
 from tessel.config.selftest import SelftestConfig, validate_selftest
 from tessel.config.serve import ServeConfig, validate_serve
-from tessel.config.show import format_config, mark_changes
 from tessel.config.templates import TemplatesConfig, validate_templates
-from tessel.config.tune import with_defaults
-from tessel.config.validate import advice, validate, validate_samples
+from tessel.config.validate import validate_samples
 from tessel.entry import note, read, use_model
 from tessel.errors import TesselError
-from tessel.launch import launch, starts_processes
-from tessel.runtime.failure import shown_once
-from tessel.runtime.files import require_writable
 from tessel.runtime.log import voice
-from tessel.runtime.world import World, is_launched
+from tessel.runtime.world import World
+from tessel.training import train
 
 
 def pretrain(argv: list[str]) -> None:
     """Train a model on text, from a Hugging Face folder or from random weights."""
-    _train("pretrain", argv, lambda parsed: parsed)
+    train("pretrain", argv)
 
 
 def sft(argv: list[str]) -> None:
     """Fine-tune a model on dialogues, whole or by adapters (LoRA)."""
-    _train("sft", argv, lambda parsed: _with_defaults("sft", parsed))
+    train("sft", argv)
 
 
 def dpo(argv: list[str]) -> None:
     """Teach a model which of two answers is preferred (DPO)."""
-    _train("dpo", argv, lambda parsed: _with_defaults("dpo", parsed))
-
-
-def _with_defaults(verb: str, parsed: Parsed) -> Parsed:
-    cfg, taken = with_defaults(verb, parsed.value, parsed.given, _positions(parsed.value.checkpoint.load))
-    provenance = parsed.provenance | dict.fromkeys(taken, f"default of {verb}")
-    values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in taken.items())
-    note = [f"not given, and taken to be: {values}"] if taken else []
-    return replace(parsed, value=cfg, provenance=provenance, notes=(*parsed.notes, *note))
-
-
-def _positions(folder: str | None) -> int | None:
-    """max_position_embeddings of a Hugging Face folder, without opening it for good."""
-    try:
-        return int(json.loads((Path(folder or "") / "config.json").read_text())["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # another format, or a folder that will be refused in words later
-
-
-def _train(verb: str, argv: list[str], completed: Callable[[Parsed], Parsed]) -> None:
-    world = World.from_environment()
-    voice.speak_as(world.rank)
-    with shown_once(world):
-        parsed = completed(parse(RunConfig, argv, f"tessel {verb}", MEGATRON))
-        cfg = validate(parsed.value)
-        if not is_launched():
-            note(*parsed.notes, *advice(cfg, parsed.given))
-        if parsed.print_config:
-            derived = mark_changes(parsed.value, cfg, parsed.provenance, "derived")
-            print(format_config(*_with_model(cfg, parsed.given, derived)))
-            return
-        if cfg.launch.rank_log_dir is not None:
-            require_writable(cfg.launch.rank_log_dir, "--rank-log-dir")
-        if starts_processes(cfg.launch):
-            _check_before_launch(cfg, parsed.given)
-            raise SystemExit(launch(["-m", "tessel", verb, *argv], cfg.launch))
-        voice.speak_as(world.rank, cfg.launch.rank_log_dir)
-        from tessel.runtime.versions import check_versions
-        from tessel.train import pretrain as target
-
-        check_versions()
-        target.pretrain(cfg, parsed.given)
-
-
-def _check_before_launch(cfg: RunConfig, given: frozenset[str]) -> None:
-    """What the model's folder and the number of processes refuse, said once by this process.
-
-    Several machines are left to the processes: only together can they say which one lacks a folder.
-    """
-    if cfg.launch.nnodes != "1" or cfg.launch.nproc_per_node is None:
-        return
-    from tessel.train.checks import check_layout, check_model_of_run
-    from tessel.train.setup import model_config_of
-    from tessel.train.source import find_source
-
-    source = find_source(cfg.checkpoint, cfg.model)
-    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
-    check_model_of_run(cfg, source, model_config)
-    check_layout(cfg, model_config, cfg.launch.nproc_per_node)
+    train("dpo", argv)
 
 
 def preprocess(argv: list[str]) -> None:
@@ -382,17 +316,3 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "migrate": migrate,
     "demo": demo,
 }
-
-
-def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str]) -> tuple[RunConfig, dict[str, str]]:
-    """`cfg` with the shape of its model filled in, and the provenance that says so."""
-    from tessel.train.setup import model_config_of
-    from tessel.train.source import find_source
-
-    source = find_source(cfg.checkpoint, cfg.model)
-    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
-    missing = {
-        name: value for name, value in model_config.shape_flags().items() if getattr(cfg.model, name) in (None, False)
-    }
-    shown = replace(cfg, model=replace(cfg.model, **missing))
-    return shown, mark_changes(cfg, shown, provenance, "derived" if source.model_folder is None else "model")

@@ -312,6 +312,9 @@ class Runtime:
     """Device."""
 
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda", "npu"))
+    ai_framework: str = option(
+        "pytorch", "what computes: mindspore trains dense models (extra: mindspore)", choices=("pytorch", "mindspore")
+    )
 
 
 @dataclass(frozen=True)

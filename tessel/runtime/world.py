@@ -1,4 +1,4 @@
-"""Which of how many processes this is, as torchrun's environment says. Needs no torch."""
+"""Which of how many processes this is, as the environment of torchrun or of msrun says. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from tessel.errors import UsageError
 LAUNCHED = "TESSEL_LAUNCHED"
 """Set for the processes that `tessel VERB --nproc-per-node` starts, beside what torchrun sets."""
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+SCHEDULER, WORKER = "MS_SCHED", "MS_WORKER"
+"""Values of msrun's MS_ROLE."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class World:
             UsageError: part of torchrun's variables is missing, or is no number.
         """
         if "LOCAL_RANK" not in environment:
-            return cls()
+            return cls._of_msrun(environment) if "MS_ROLE" in environment else cls()
         missing = [name for name in _NEEDED if name not in environment]
         if missing:
             raise UsageError(
@@ -51,6 +53,18 @@ class World:
             node=_number(environment, "GROUP_RANK", rank // local_world_size),
             num_nodes=_number(environment, "GROUP_WORLD_SIZE", -(-world_size // local_world_size)),
         )
+
+    @classmethod
+    def _of_msrun(cls, environment: Mapping[str, str]) -> World:
+        """What msrun says of this process, which is nothing of machines: only the processes together can tell.
+
+        Its scheduler runs the command line, too. It counts as one more process, so that nobody takes it for the first.
+        """
+        num_workers = _number(environment, "MS_WORKER_NUM", 1)
+        if environment["MS_ROLE"] == SCHEDULER:
+            return cls(num_workers, num_workers + 1, num_workers, num_workers + 1)
+        rank, local_rank = _number(environment, "RANK_ID"), _number(environment, "DEVICE_ID", 0)
+        return cls(rank, num_workers, local_rank, num_workers)
 
     @property
     def node_ranks(self) -> range:

@@ -1,0 +1,20 @@
+"""`tessel pretrain --ai-framework mindspore`, in one process of a run."""
+
+from __future__ import annotations
+
+from tessel.config.run import RunConfig
+from tessel.mindspore_engine import cluster, engine, start
+from tessel.mindspore_engine.support import for_the_host
+from tessel.train.pretrain import pretrain as pretrain_with
+
+
+def pretrain(cfg: RunConfig, given: frozenset[str]) -> None:
+    """Train as `tessel.train.pretrain` does, with what MindSpore builds in place of torch's model and optimizer.
+
+    Raises:
+        UsageError: what was asked for cannot be.
+        TesselError: a file is missing or wrong, or the run cannot go on.
+    """
+    cluster.join()
+    start.begin(cfg)
+    pretrain_with(for_the_host(cfg), given, engine.build_learner)
