@@ -56,7 +56,7 @@ def test_a_failed_start_is_tried_again_as_often_as_asked(tmp_path: Path) -> None
 def test_what_is_wrong_with_the_command_line_is_said_before_processes_start(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tessel.commands.launch", lambda arguments, options: pytest.fail("it was started"))
+    monkeypatch.setattr("tessel.training.launch", lambda arguments, options: pytest.fail("it was started"))
     heads = ["--nproc-per-node", "2", "--tensor-model-parallel-size", "2"]
     assert cli.main([*PRETRAIN, *heads]) == 2
     assert "tessel: error: " in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_the_processes_get_the_same_command_line(monkeypatch: pytest.MonkeyPatch
         seen["arguments"] = arguments
         return 5
 
-    monkeypatch.setattr("tessel.commands.launch", keep)
+    monkeypatch.setattr("tessel.training.launch", keep)
     assert cli.main([*PRETRAIN, "--nproc-per-node", "1"]) == 5
     assert seen["arguments"] == ["-m", "tessel", *PRETRAIN, "--nproc-per-node", "1"]
 

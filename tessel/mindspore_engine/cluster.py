@@ -17,6 +17,7 @@ from tessel.config.layout import Launch
 from tessel.runtime.world import SCHEDULER, WORKER
 
 _SCHEDULE = "from mindspore.communication import init; init()"
+_ERRORS_ALONE = "3"
 _PORT_OFFSET = 1
 _END_WAIT_S = 5.0
 
@@ -45,7 +46,11 @@ def scheduler(launch: Launch) -> Iterator[None]:
 
 
 def join(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Take this process's place in the cluster, if tessel has started it for one; msrun has said so already."""
+    """Take this process's place in the cluster, if tessel has started it for one; msrun has said so already.
+
+    Of what MindSpore logs by itself, errors alone are let through, unless GLOG_v says otherwise.
+    """
+    environment.setdefault("GLOG_v", _ERRORS_ALONE)
     if "MS_SCHED_PORT" in environment and "MS_ROLE" not in environment and "RANK" in environment:
         environment.update(
             MS_ROLE=WORKER,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tessel.config.run import RunConfig
-from tessel.mindspore_engine import cluster, engine, start
+from tessel.mindspore_engine import cluster
 from tessel.mindspore_engine.support import for_the_host
 from tessel.train.pretrain import pretrain as pretrain_with
 
@@ -16,5 +16,8 @@ def pretrain(cfg: RunConfig, given: frozenset[str]) -> None:
         TesselError: a file is missing or wrong, or the run cannot go on.
     """
     cluster.join()
+    # MindSpore reads the environment when it is loaded.
+    from tessel.mindspore_engine import engine, start
+
     start.begin(cfg)
     pretrain_with(for_the_host(cfg), given, engine.build_learner)

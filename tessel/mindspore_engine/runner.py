@@ -30,7 +30,7 @@ class StageRunner:
     def __init__(
         self, decoder: Decoder, parameters: Sequence[Any], gradients: Gradients, ranks: Sequence[int], place: int
     ) -> None:
-        self._decoder, self._parameters, self._gradients = decoder, list(parameters), gradients
+        self.decoder, self._parameters, self._gradients = decoder, list(parameters), gradients
         self._ranks, self._place = ranks, place
 
     def train(self, batches: Sequence[MicroBatch], weights_BS: Sequence[Tensor], z_loss_coeff: float = 0.0) -> Tensor:
@@ -41,7 +41,7 @@ class StageRunner:
         unsent = None
         for work, number in one_forward_one_backward(len(self._ranks), self._place, len(batches)):
             if work == "F":
-                inputs = self._decoder.inputs(batches[number], weights_BS[number])
+                inputs = self.decoder.inputs(batches[number], weights_BS[number])
                 waiting[number] = inputs, self._received(inputs)
                 # Not before: two neighbours that both send first would wait for each other.
                 self._send_back(unsent)
@@ -57,23 +57,23 @@ class StageRunner:
         """See `tessel.parallel.runner.Runner`."""
         losses = [0.0] * len(batches)
         for number, (batch, weights) in enumerate(zip(batches, weights_BS, strict=True)):
-            inputs = self._decoder.inputs(batch, weights)
+            inputs = self.decoder.inputs(batch, weights)
             x_BSE = self._received(inputs)
-            if self._decoder.stage.is_last:
-                losses[number] = float(self._decoder(inputs, x_BSE).asnumpy())
+            if self.decoder.stage.is_last:
+                losses[number] = float(self.decoder(inputs, x_BSE).asnumpy())
             self._forward(inputs, x_BSE)
         return torch.tensor(losses)[:, None]
 
     def _received(self, inputs: Inputs) -> Any:
         """What the stage before has made of a micro-batch."""
-        if self._decoder.stage.is_first:
+        if self.decoder.stage.is_first:
             return None
-        return collectives.receive(*self._decoder.activations(inputs), self._ranks[self._place - 1])
+        return collectives.receive(*self.decoder.activations(inputs), self._ranks[self._place - 1])
 
     def _forward(self, inputs: Inputs, x_BSE: Any) -> None:
         """Hand a micro-batch on; the last stage has nothing to do before backward."""
-        if not self._decoder.stage.is_last:
-            collectives.send(self._decoder(inputs, x_BSE), self._ranks[self._place + 1])
+        if not self.decoder.stage.is_last:
+            collectives.send(self.decoder(inputs, x_BSE), self._ranks[self._place + 1])
 
     def _send_back(self, gradient: Any) -> None:
         if gradient is not None:
@@ -81,12 +81,12 @@ class StageRunner:
 
     def _backward(self, inputs: Inputs, x_BSE: Any) -> tuple[float, Any]:
         """(this stage's loss, the gradient of its input or None); those of the parameters are added up."""
-        stage, upstream = self._decoder.stage, None
+        stage, upstream = self.decoder.stage, None
         if not stage.is_last:
-            upstream = collectives.receive(*self._decoder.activations(inputs), self._ranks[self._place + 1])
+            upstream = collectives.receive(*self.decoder.activations(inputs), self._ranks[self._place + 1])
 
         def scalar(x_BSE: Any) -> Any:
-            out = self._decoder(inputs, x_BSE)
+            out = self.decoder(inputs, x_BSE)
             return out if upstream is None else mint.sum(out.astype(ms.float32) * upstream.astype(ms.float32))
 
         if stage.is_first:
