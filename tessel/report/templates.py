@@ -37,15 +37,13 @@ def templates(cfg: TemplatesConfig) -> bool:
 
 
 def _list() -> None:
-    from tessel.data.instruct.templates import HF, known_templates, unknown_templates
+    from tessel.data.instruct.templates import HF, known_templates
 
     known = known_templates()
-    width = max(map(len, [*known, *unknown_templates()]))
+    width = max(map(len, known))
     log(f"{HF:<{width}}  the tokenizer's own chat template")
     for name, template in known.items():
         log(f"{name:<{width}}  {_ORIGINS[template.origin]}")
-    for name, reason in unknown_templates().items():
-        log(f"{name:<{width}}  not here: {reason}")
 
 
 def _show(cfg: TemplatesConfig) -> None:

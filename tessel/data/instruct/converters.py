@@ -123,13 +123,15 @@ class MessagesConverter:
     """Rows of messages: ShareGPT's, or OpenAI's where `free_order` is true.
 
     ShareGPT's take turns, asking first; a message of the system before them is the system text.
-    `as_mindspeed` leaves out, instead of refusing, what does not take turns.
+    `as_mindspeed` leaves out, instead of refusing, what does not take turns. `has_calls`: of OpenAI's, calls of
+    functions and thoughts apart from the answer are read, too.
     """
 
     names: MessageColumns = MessageColumns()
     pairwise: bool = False
     as_mindspeed: bool = False
     free_order: bool = False
+    has_calls: bool = True
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -173,8 +175,10 @@ class MessagesConverter:
         }
         role = role_of.get(raw.get(tags.role_tag), f"?{raw.get(tags.role_tag)}")
         content = _said(raw, tags.content_tag)
-        thought = raw.get("reasoning_content") if self.free_order else None
-        if self.free_order and raw.get("tool_calls"):
+        if not self.free_order or not self.has_calls:
+            return Message(role, content)
+        thought = raw.get("reasoning_content")
+        if raw.get("tool_calls"):
             calls = [call.get("function", call) if isinstance(call, Mapping) else call for call in raw["tool_calls"]]
             return Message(FUNCTION, json.dumps([_with_parsed_arguments(c) for c in calls]), thought or "", content)
         return Message(role, content, thought or "")
@@ -194,6 +198,8 @@ class MessagesConverter:
             allowed = (ASKING + ANSWERING) if self.free_order else (ANSWERING if i % 2 else ASKING)
             if message.role not in allowed:
                 return f"message {i + 1} is of {roles[i]!r}, which has no turn there (roles: {', '.join(roles)})"
+        if messages[0].role not in ASKING:
+            return f"the first message is of {roles[0]!r}, and a question must be first"
         if messages[-1].role in (ASKING if not answers else ANSWERING):
             return f"the last message is of {roles[-1]!r}, and {'a question' if answers else 'an answer'} must be last"
         if any(answer.role not in ANSWERING for answer in answers):

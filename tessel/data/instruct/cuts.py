@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tessel.data.instruct.shorten import shares_of
-from tessel.data.instruct.templates import MODERN, REASONING, Template
+from tessel.data.instruct.templates import DEEPSEEK4, MODERN, REASONING, Template
 
 if TYPE_CHECKING:
     from tessel.data.instruct.rendering import RenderOptions
@@ -35,7 +35,7 @@ def cut_turns(
     Later turns go when the budget is used up; with --mask-history the earlier ones go first. Where
     `before` is given, the prompt is cut as that of those turns was, and the last answer alone is cut here.
     """
-    modern = template.kind in (MODERN, REASONING)
+    modern = template.kind in (MODERN, REASONING, DEEPSEEK4)
     assert options.max_tokens is not None
     budget = options.max_tokens - int(modern)
     share = shares_of if modern else share_proportionally

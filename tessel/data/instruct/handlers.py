@@ -13,7 +13,7 @@ from tessel.data.instruct.converters import AlpacaConverter, Converter, Messages
 from tessel.data.instruct.detect import with_handler
 from tessel.data.instruct.encoder import ENCODERS, MINDSPEED_ENCODERS, InstructionEncoder
 from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns, alpaca_columns, message_columns
-from tessel.data.instruct.plain import PLAIN_PROMPTS, PlainPromptEncoder
+from tessel.data.instruct.plain import MOSS_TURNS, PLAIN_PROMPTS, MossTurnsEncoder, PlainPromptEncoder
 from tessel.data.instruct.render import SlotRenderer, renderer_for
 from tessel.data.instruct.rendering import NO_LIMIT, NO_PAIR_LIMIT, RenderOptions
 from tessel.data.instruct.vocabulary import plain_vocabulary
@@ -44,13 +44,10 @@ _TEMPLATED = {
     "R1SharegptStyleInstructionHandler": _Kind("sharegpt", "prompts"),
 }
 _UNKNOWN_RULE = {
-    **dict.fromkeys(
-        ("MOSSMultiTurnHandler", "MOSSInstructionHandler", "HunyuanInstructionHandler"),
-        "what it writes is not documented",
-    ),
+    "HunyuanInstructionHandler": "what it writes is not documented",
     "LlamaFactoryInstructionHandler": "it reads data sets by their names in a registry",
 }  # fmt: skip
-HANDLERS = (*PRETRAIN_HANDLERS, *PLAIN_PROMPTS, *_TEMPLATED)
+HANDLERS = (*PRETRAIN_HANDLERS, *PLAIN_PROMPTS, MOSS_TURNS, *_TEMPLATED)
 """Names that are known."""
 
 
@@ -65,9 +62,11 @@ def instruction_encoder(cfg: PreprocessConfig, tokenizer: Tokenizer) -> RowEncod
     """
     cfg = with_handler(cfg)
     name = cfg.handler_name or ""
-    if name in PLAIN_PROMPTS:
+    if name in PLAIN_PROMPTS or name == MOSS_TURNS:
         _refuse_template(cfg, name)
         vocabulary = plain_vocabulary(tokenizer)
+        if name == MOSS_TURNS:
+            return MossTurnsEncoder(tokenizer.batch_encoder(), vocabulary)
         return PlainPromptEncoder(PLAIN_PROMPTS[name], tokenizer.batch_encoder(), cfg.append_eod, vocabulary)
     if ".py:" in name:
         from tessel.data.instruct.own import OwnConverter, OwnEncoder, own_handler
@@ -90,8 +89,10 @@ def converter_of(rows: str, cfg: PreprocessConfig, pairwise: bool = False) -> Co
     if rows == "alpaca":
         return AlpacaConverter(alpaca_columns(cfg.map_keys), pairwise, as_mindspeed)
     if rows == "openai":
-        default = MessageColumns("messages", OPENAI_TAGS)
-        return MessagesConverter(message_columns(cfg.map_keys, default), pairwise, as_mindspeed, free_order=True)
+        default = MessageColumns("messages", OPENAI_TAGS, tools="tools")
+        # MindSpeed-LLM's other prompt types write what is said alone.
+        has_calls = not as_mindspeed or cfg.prompt_type == "deepseek4"
+        return MessagesConverter(message_columns(cfg.map_keys, default), pairwise, as_mindspeed, True, has_calls)
     return MessagesConverter(message_columns(cfg.map_keys, MessageColumns()), pairwise, as_mindspeed)
 
 
@@ -133,10 +134,14 @@ def render_options(cfg: PreprocessConfig) -> RenderOptions:
     """
     if cfg.train_on_prompt and cfg.mask_history:
         raise UsageError("--train-on-prompt and --mask-history ask for opposites; give one.")
-    if cfg.reasoning_effort is not None and cfg.prompt_type != "hf":
+    if cfg.reasoning_effort is not None and cfg.prompt_type not in ("hf", "deepseek4"):
         raise UsageError(
-            f"--reasoning-effort {cfg.reasoning_effort}: only chat templates (--prompt-type hf) know efforts."
+            f"--reasoning-effort {cfg.reasoning_effort}: only chat templates (--prompt-type hf) and deepseek4 know "
+            "efforts."
         )
+    thinks = cfg.enable_thinking == "true"
+    if cfg.reasoning_effort == "max" and cfg.prompt_type == "deepseek4" and not thinks:
+        raise UsageError("--reasoning-effort max asks for thoughts: add --enable-thinking true, or leave it out.")
     as_mindspeed = cfg.compatible == "mindspeed"
     return RenderOptions(
         max_tokens=_most_tokens(cfg),
@@ -144,12 +149,24 @@ def render_options(cfg: PreprocessConfig) -> RenderOptions:
         append_eod=cfg.append_eod,
         train_on_prompt=cfg.train_on_prompt,
         mask_history=cfg.mask_history,
-        # No prompt type of MindSpeed-LLM that is known here heeds it.
-        drop_thinking=cfg.drop_thinking == "true" and not as_mindspeed,
+        drop_thinking=_drops_thinking(cfg),
         thinking={"true": True, "false": False}.get(cfg.enable_thinking),
         exact_thoughts=as_mindspeed,
         effort=cfg.reasoning_effort,
     )
+
+
+def _drops_thinking(cfg: PreprocessConfig) -> bool:
+    """Off where nothing is said, but for deepseek4, the one prompt type for which MindSpeed-LLM reads the flag.
+
+    And that, for samples, only beside --reasoning-effort.
+    """
+    if cfg.prompt_type == "deepseek4":
+        is_read = cfg.compatible != "mindspeed" or (
+            cfg.reasoning_effort is not None and "Pairwise" not in (cfg.handler_name or "")
+        )
+        return cfg.drop_thinking != "false" or not is_read
+    return cfg.drop_thinking == "true" and cfg.compatible != "mindspeed"
 
 
 def _most_tokens(cfg: PreprocessConfig) -> int | None:

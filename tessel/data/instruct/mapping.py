@@ -41,7 +41,7 @@ class Tags:
     system_tag: str | None = "system"
 
 
-OPENAI_TAGS = Tags("role", "content", "user", "assistant", "tool", "function", "system")
+OPENAI_TAGS = Tags("role", "content", "user", "assistant", "tool", "function_call", "system")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,14 @@ from tessel.errors import TesselError
 
 
 class PlainPrompt(NamedTuple):
-    """How an older handler writes a row: its messages are (is it the user?, text), the last of them the answer."""
+    """How an older handler writes a row: its messages are (is it the user?, text), the last of them the answer.
+
+    `every_answer`: each answer, with all before it, is a sample; --append-eod is not heeded.
+    """
 
     messages: Callable[[Mapping[str, Any]], list[tuple[bool, str]]]
     columns: tuple[str, ...]
+    every_answer: bool = False
 
 
 _SYSTEM = (
@@ -59,6 +63,23 @@ def _leetcode(values: Mapping[str, Any]) -> list[tuple[bool, str]]:
     return [(True, problem), (False, answer)]
 
 
+def _moss(values: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    """MOSS's turns, without the marks in which they stand."""
+    turns = values.get("chat")
+    if not isinstance(turns, Mapping):
+        raise TesselError(f"'chat' must hold turns; the row has {', '.join(map(repr, values)) or 'nothing'}")
+    messages = []
+    for turn in filter(None, turns.values()):
+        if not isinstance(turn, Mapping):
+            raise TesselError("a turn of 'chat' must be a mapping with 'Human' and 'MOSS'")
+        question = _required(turn, "Human").replace("<eoh>", "").replace("<|Human|>: ", "")
+        answer = _required(turn, "MOSS").replace("<|MOSS|>:", "").replace("<eom>", "")
+        messages += [(True, question.strip()), (False, answer.strip())]
+    if not messages:
+        raise TesselError("'chat' holds no turn")
+    return messages
+
+
 def _required(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str):
@@ -70,7 +91,12 @@ PLAIN_PROMPTS = {
     "GeneralInstructionHandler": PlainPrompt(_one_turn, ("instruction", "input", "output")),
     "BelleMultiTurnInstructionHandler": PlainPrompt(_belle, ("instruction", "output")),
     "LeetcodePythonInstructionHandler": PlainPrompt(_leetcode, ("code_with_problem", "code_only", "explanation_only")),
+    "MOSSInstructionHandler": PlainPrompt(_moss, ("chat",), every_answer=True),
 }
+MOSS_TURNS = "MOSSMultiTurnHandler"
+"""The handler of `MossTurnsEncoder`."""
+# How Baichuan's vocabulary begins what the user and what the assistant says.
+_MOSS_USER, _MOSS_ASSISTANT = 195, 196
 
 
 class PlainPromptEncoder:
@@ -87,23 +113,72 @@ class PlainPromptEncoder:
 
     def __call__(self, rows: Sequence[Row], where: str) -> tuple[Encoded, ...]:
         """One `Encoded` a key, a document and a sequence a row."""
-        wholes, prompts = [], []
+        every_answer = self._plain.every_answer
+        wholes, num_samples = [], []
         for row in rows:
-            try:
-                whole = _written(self._plain.messages(row.values))
-            except TesselError as error:
-                raise RowError(row.number, str(error)) from error
-            wholes.append(whole)
-            prompts.append(whole.rsplit(_ASSISTANT, maxsplit=1)[0] + _ASSISTANT + "\n")
+            messages = _messages(self._plain.messages, row)
+            ends = range(2, len(messages) + 1, 2) if every_answer else [len(messages)]
+            wholes += [_written(messages[:end]) for end in ends]
+            num_samples.append(len(ends))
+        prompts = [whole.rsplit(_ASSISTANT, maxsplit=1)[0] + _ASSISTANT + "\n" for whole in wholes]
         ids = self._encoder([*wholes, *prompts])
-        end = [self.vocabulary.eod] if self._append_eod and self.vocabulary.eod is not None else []
+        eod = self.vocabulary.eod
+        end = [eod] if self._append_eod and not every_answer and eod is not None else []
         samples = [[*sequence, *end] for sequence in ids[: len(wholes)]]
         # As many as the prompt has alone: its last token may differ from the one in the whole text.
         num_untrained = [len(prompt) for prompt in ids[len(wholes) :]]
-        tokens, lengths = _flat(samples)
-        labels, _ = _flat([[IGNORED] * n + sample[n:] for sample, n in zip(samples, num_untrained, strict=True)])
-        one_each = np.ones(len(samples), np.int32)
-        return tuple(Encoded(column, lengths, one_each) for column in (tokens, np.ones_like(tokens), labels))
+        labels = [[IGNORED] * n + sample[n:] for sample, n in zip(samples, num_untrained, strict=True)]
+        return _encoded(samples, labels, num_samples)
+
+
+class MossTurnsEncoder:
+    """A `RowEncoder` of MOSS's dialogues for Baichuan: a token begins what each says, and all answers are trained.
+
+    What ends an answer is trained where the next question begins; --append-eod is not heeded.
+    """
+
+    outputs = PlainPromptEncoder.outputs
+
+    def __init__(self, encoder: BatchEncoder, vocabulary: Vocabulary) -> None:
+        self.columns: tuple[str, ...] | None = ("chat",)
+        self.vocabulary = vocabulary
+        self._encoder = encoder
+        if vocabulary.eos is None:
+            raise TesselError(f"{MOSS_TURNS} trains the end of sequence, which the tokenizer does not have.")
+        self._end = [vocabulary.eos]
+
+    def __call__(self, rows: Sequence[Row], where: str) -> tuple[Encoded, ...]:
+        """One `Encoded` a key, a document and a sequence a row."""
+        dialogues = [_messages(_moss, row) for row in rows]
+        ids = iter(self._encoder([text for messages in dialogues for _, text in messages]))
+        samples: list[list[int]] = []
+        labels: list[list[int]] = []
+        for messages in dialogues:
+            sample: list[int] = []
+            trained: list[int] = []
+            for is_user, _ in messages:
+                said = next(ids)
+                sample += [_MOSS_USER if is_user else _MOSS_ASSISTANT, *said]
+                trained += [*self._end, *[IGNORED] * len(said)] if is_user else [IGNORED, *said]
+            samples.append(sample + self._end)
+            labels.append(trained + self._end)
+        return _encoded(samples, labels, [1] * len(rows))
+
+
+def _messages(messages: Callable[[Mapping[str, Any]], list[tuple[bool, str]]], row: Row) -> list[tuple[bool, str]]:
+    try:
+        return messages(row.values)
+    except TesselError as error:
+        raise RowError(row.number, str(error)) from error
+
+
+def _encoded(
+    samples: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], num_samples: Sequence[int]
+) -> tuple[Encoded, ...]:
+    """Ids, mask and labels of samples, so many a document."""
+    tokens, lengths = _flat(samples)
+    columns = (tokens, np.ones_like(tokens), _flat(labels)[0])
+    return tuple(Encoded(column, lengths, np.array(num_samples, np.int32)) for column in columns)
 
 
 def _written(messages: Sequence[tuple[bool, str]]) -> str:

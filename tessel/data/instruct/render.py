@@ -9,15 +9,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tessel.data.instruct import deepseek4
 from tessel.data.instruct.chat import ChatRenderer
 from tessel.data.instruct.cuts import cut_turns
 from tessel.data.instruct.dialogue import ANSWERING, Dialogue, Example
 from tessel.data.instruct.rendering import Rendered, Renderer, RenderOptions
 from tessel.data.instruct.shorten import IGNORED
 from tessel.data.instruct.slots import Layout, Piece, check_turns, has_thought, without_thoughts
-from tessel.data.instruct.templates import HF, REASONING, Template, find_template
+from tessel.data.instruct.templates import DEEPSEEK4, HF, REASONING, Template, find_template
 from tessel.data.instruct.vocabulary import Vocabulary, vocabulary_for
 from tessel.data.tokenizer import Tokenizer
+
+Turn = tuple[Sequence[Piece], Sequence[Piece]]
+"""A question and its answer."""
 
 
 class SlotRenderer:
@@ -40,8 +44,8 @@ class SlotRenderer:
         """See `Renderer`. Both answers follow the prompt as it is cut for the chosen one."""
         sheet = _Sheet()
         for example in examples:
-            chosen = self._pair_turns(example.dialogue(0), thought_in_prompt=True)
-            rejected = self._pair_turns(example.dialogue(1), thought_in_prompt=False)
+            chosen = self._pair_turns(example.dialogue(0))
+            rejected = self._pair_turns(example.dialogue(1))
             self._add(sheet, chosen, mask_history=True)
             self._add(sheet, [*chosen[:-1], (chosen[-1][0], rejected[-1][1])], mask_history=True, follows=True)
         return sheet.render(self.vocabulary, self.template, self.options)
@@ -50,6 +54,10 @@ class SlotRenderer:
         """See `Renderer`. Without thinking, the empty thought is part of the prompt."""
         sheet = _Sheet()
         for dialogue in dialogues:
+            sheet.begin()
+            if self.template.kind == DEEPSEEK4:
+                sheet.end(deepseek4.prompt(dialogue, self.options))
+                continue
             check_turns(dialogue, asks=True)
             reasoning = self.template.kind == REASONING
             if reasoning and self.options.thinking is False:
@@ -57,7 +65,6 @@ class SlotRenderer:
             pieces = self._layout.messages(dialogue)
             if reasoning and self.options.thinking is False:
                 pieces[-1] = [*pieces[-1], "".join(self.template.thought_words)]
-            sheet.begin()
             for message in pieces:
                 sheet.add(message, trained=False)
             sheet.end([])
@@ -81,8 +88,10 @@ class SlotRenderer:
             result.append(ids[:end] if with_answers else ids[of_question])
         return result
 
-    def _turns(self, dialogue: Dialogue) -> list[tuple[list[Piece], list[Piece]]]:
+    def _turns(self, dialogue: Dialogue) -> Sequence[Turn]:
         """Question and answer of each turn; thoughts by LLaMA-Factory's ReasoningTemplate."""
+        if self.template.kind == DEEPSEEK4:
+            return deepseek4.turns(dialogue, self.options)
         check_turns(dialogue)
         template, thinking = self.template, self.options.thinking
         reasoning = template.kind == REASONING
@@ -105,8 +114,10 @@ class SlotRenderer:
         else:
             pieces[answer - 1] = [*pieces[answer - 1], empty]
 
-    def _pair_turns(self, dialogue: Dialogue, thought_in_prompt: bool) -> list[tuple[list[Piece], list[Piece]]]:
+    def _pair_turns(self, dialogue: Dialogue) -> Sequence[Turn]:
         """As `_turns`, but earlier answers lose their thoughts: LLaMA-Factory's encode_oneturn."""
+        if self.template.kind == DEEPSEEK4:
+            return deepseek4.last_turn(dialogue, self.options)
         check_turns(dialogue)
         template = self.template
         reasoning = template.kind == REASONING
@@ -122,7 +133,7 @@ class SlotRenderer:
     def _add(
         self,
         sheet: _Sheet,
-        turns: Sequence[tuple[list[Piece], list[Piece]]],
+        turns: Sequence[Turn],
         mask_history: bool,
         follows: bool = False,
     ) -> None:

@@ -16,7 +16,7 @@ from tessel.data.instruct.dialogue import (
     Message,
 )
 from tessel.data.instruct.templates import LLAMA2, MODERN, REASONING, Slot, Special, Template, Token
-from tessel.data.instruct.tools import TOOL_FORMATS, parse_calls, parse_tools
+from tessel.data.instruct.tools import TOOL_FORMATS
 from tessel.data.instruct.vocabulary import Vocabulary
 from tessel.errors import TesselError
 
@@ -73,14 +73,16 @@ class Layout:
         system = dialogue.system or self.template.default_system
         if not dialogue.tools:
             return system
-        functions = parse_tools(dialogue.tools)
-        return system + TOOL_FORMATS[self.template.tools].announce(functions) if functions else system
+        tools = TOOL_FORMATS[self.template.tools]
+        functions = tools.functions(dialogue.tools)
+        return system + tools.announce(functions) if functions else system
 
     def _function(self, message: Message) -> list[Piece]:
-        calls = parse_calls(message.content)
+        tools = TOOL_FORMATS[self.template.tools]
+        calls = tools.calls(message.content)
         slots = self._slots[FUNCTION]
         if self._calls_whole:
-            written = TOOL_FORMATS[self.template.tools].write(calls)
+            written = tools.write(calls)
             return slots.fill(content=f"{message.said}\n{written}" if message.said else written)
         if message.said:
             raise TesselError(

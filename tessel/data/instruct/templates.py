@@ -27,8 +27,10 @@ CLASSIC = "classic"
 MODERN = "modern"
 REASONING = "reasoning"
 LLAMA2 = "llama2"
-KINDS = (CLASSIC, MODERN, REASONING, LLAMA2)
-"""How turns are put together: the rules of LLaMA-Factory 0.8, those of 0.9, those with thoughts, Llama 2's."""
+DEEPSEEK4 = "deepseek4"
+KINDS = (CLASSIC, MODERN, REASONING, LLAMA2, DEEPSEEK4)
+"""How turns are put together: the rules of LLaMA-Factory 0.8, those of 0.9, those with thoughts, Llama 2's, and
+DeepSeek-V4's, which has no slots."""
 
 ROLES = ("system", "user", "assistant", "function", "observation", "separator", "prefix")
 _FIELD = re.compile(r"\{\{(\w+)\}\}")
@@ -104,11 +106,6 @@ def known_templates() -> dict[str, Template]:
     }
 
 
-def unknown_templates() -> dict[str, str]:
-    """Prompt types of MindSpeed-LLM whose text is not known here, with what is missing."""
-    return dict(_catalog()["unknown"])
-
-
 @functools.cache
 def _catalog() -> dict[str, Any]:
     import yaml
@@ -126,18 +123,25 @@ def mindspeed_templates() -> dict[str, Template]:
         name: _template(name, {**entry, "base": name}, f"the prompt type {name}", known)
         for name, entry in _catalog()["mindspeed"].items()
     }
-    return known | differing
+    return {name: _lenient(template) for name, template in (known | differing).items()}
+
+
+def _lenient(template: Template) -> Template:
+    return replace(
+        template, tools={"default": "default_lenient", "none": "none_lenient"}.get(template.tools, template.tools)
+    )
 
 
 def find_template(name: str | None, path: str | None = None, as_mindspeed: bool = False) -> Template:
     """The template of --prompt-type, or the one in the file of --prompt-type-path.
 
     Raises:
-        UsageError: no such name; names the nearest, or says why a known name is not here.
+        UsageError: no such name; names the nearest.
         TesselError: the file is not a template; names what is wrong.
     """
     if path is not None:
-        return load_template(path, name)
+        template = load_template(path, name)
+        return _lenient(template) if as_mindspeed else template
     if name is None:
         raise UsageError(
             "Dialogues need a template: give --prompt-type, such as qwen, or hf for the tokenizer's own "
@@ -146,11 +150,6 @@ def find_template(name: str | None, path: str | None = None, as_mindspeed: bool 
     known = mindspeed_templates() if as_mindspeed else known_templates()
     if name in known:
         return known[name]
-    if name in (unknown := unknown_templates()):
-        raise UsageError(
-            f"--prompt-type {name}: {unknown[name]}. Use --prompt-type hf if the tokenizer has a chat template, or "
-            "give MindSpeed's templates.json or a YAML of your own with --prompt-type-path."
-        )
     close = nearest(name, [*known, HF], similarity=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise UsageError(f"--prompt-type {name} is not known.{hint} `tessel templates` lists all.")

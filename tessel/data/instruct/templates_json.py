@@ -14,6 +14,7 @@ _KINDS = {
     "LFDefaultTemplate": "modern",
     "ReasoningTemplate": "reasoning",
     "Llama2Template": "llama2",
+    "DeepSeek4Template": "deepseek4",
 }
 _SPECIALS = {"bos_token": "bos", "eos_token": "eos"}
 # Formats of tools of which MindSpeed-LLM's own formatter tells the model nothing.

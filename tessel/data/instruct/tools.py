@@ -16,13 +16,6 @@ class Call(NamedTuple):
     arguments: str
 
 
-class ToolFormat(NamedTuple):
-    """`announce`: the text after the system text; `write`: calls, for templates that take them whole."""
-
-    announce: Callable[[Sequence[Mapping[str, Any]]], str]
-    write: Callable[[Sequence[Call]], str]
-
-
 def parse_tools(tools: str) -> list[dict[str, Any]]:
     """The functions of a row's tools.
 
@@ -58,6 +51,41 @@ def parse_calls(content: str) -> list[Call]:
     if not all(isinstance(call, dict) and "name" in call and "arguments" in call for call in calls):
         raise TesselError('a function call must be {"name": ..., "arguments": ...}, or a list of these')
     return [Call(str(call["name"]), json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
+
+
+class ToolFormat(NamedTuple):
+    """`announce`: the text after the system text; `write`: calls, for templates that take them whole.
+
+    `functions` reads the tools of a row, and `calls` the content of a message of the role FUNCTION.
+    """
+
+    announce: Callable[[Sequence[Mapping[str, Any]]], str]
+    write: Callable[[Sequence[Call]], str]
+    functions: Callable[[str], Sequence[Mapping[str, Any]]] = parse_tools
+    calls: Callable[[str], Sequence[Call]] = parse_calls
+
+
+def _functions_or_none(tools: str) -> list[dict[str, Any]]:
+    """The functions, or none where one of them is wrapped or lacks parameters: MindSpeed-LLM then tells of none."""
+    try:
+        functions = json.loads(tools)
+        for function in functions:
+            for about in function["parameters"]["properties"].values():
+                ", ".join(about.get("enum") or ())
+            if not isinstance(function["name"], str):
+                return []
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+    return list(functions)
+
+
+def _call_or_empty(content: str) -> list[Call]:
+    """One call; MindSpeed-LLM writes one without a name for anything else."""
+    try:
+        calls = parse_calls(content)
+    except TesselError:
+        return [Call("", "")]
+    return calls if isinstance(json.loads(content), dict) else [Call("", "")]
 
 
 def _announce_default(functions: Sequence[Mapping[str, Any]]) -> str:
@@ -108,6 +136,11 @@ def _announce_qwen(functions: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _announce_ling(functions: Sequence[Mapping[str, Any]]) -> str:
+    """The text that Ling was trained with, by LLaMA-Factory."""
+    return _announce_qwen(functions).lstrip("\n") + "\ndetailed thinking off"
+
+
 def _write_qwen(calls: Sequence[Call]) -> str:
     written = (
         f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {call.arguments}}}' for call in calls
@@ -122,5 +155,9 @@ def _announce_nothing(functions: Sequence[Mapping[str, Any]]) -> str:
 TOOL_FORMATS = {
     "default": ToolFormat(_announce_default, _write_default),
     "none": ToolFormat(_announce_nothing, _write_default),
+    "default_lenient": ToolFormat(_announce_default, _write_default, _functions_or_none, _call_or_empty),
+    "none_lenient": ToolFormat(_announce_nothing, _write_default, _functions_or_none, _call_or_empty),
     "qwen": ToolFormat(_announce_qwen, _write_qwen),
+    "ling": ToolFormat(_announce_ling, _write_qwen),
 }
+"""By name. The lenient ones are MindSpeed-LLM's, which writes something for whatever it cannot read."""

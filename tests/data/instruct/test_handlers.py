@@ -156,11 +156,12 @@ def test_older_handlers(chat_tokenizer: Make) -> None:
     "change, message",
     [
         ({"handler_name": "AlpacaStyleInstructionHandlr"}, r"is not known \(MindSpeed.*Did you mean Alpaca"),
-        ({"handler_name": "MOSSMultiTurnHandler"}, "what it writes is not documented"),
+        ({"handler_name": "MOSSMultiTurnHandler"}, "leave --prompt-type out"),
         ({"handler_name": "LlamaFactoryInstructionHandler"}, "registry"),
         ({"prompt_type": None}, "Dialogues need a template"),
         ({"train_on_prompt": True, "mask_history": True}, "opposites"),
         ({"reasoning_effort": "max"}, "only chat templates"),
+        ({"prompt_type": "deepseek4", "reasoning_effort": "max"}, "add --enable-thinking true"),
         ({"map_keys": '{"a": "b"}'}, "'a' is not a key"),
     ],
 )

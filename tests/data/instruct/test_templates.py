@@ -17,7 +17,6 @@ from tessel.data.instruct.templates import (
     find_template,
     known_templates,
     load_template,
-    unknown_templates,
 )
 from tessel.errors import TesselError, UsageError
 from tessel.report.templates import as_yaml
@@ -35,11 +34,8 @@ def write(folder: Path, content: Any, name: str = "mine.yaml") -> Path:
     return path
 
 
-def test_every_name_of_mindspeed_is_known_or_refused_with_a_reason() -> None:
-    assert sorted(MINDSPEED_NAMES) == sorted([*known_templates(), *unknown_templates()])
-    for name in unknown_templates():
-        with pytest.raises(UsageError, match=f"--prompt-type {name}: .*not documented"):
-            find_template(name)
+def test_every_name_of_mindspeed_is_known() -> None:
+    assert sorted(MINDSPEED_NAMES) == sorted(known_templates())
 
 
 def test_a_mistyped_name_is_told_the_nearest() -> None:
@@ -87,7 +83,7 @@ def test_a_users_yaml(tmp_path: Path) -> None:
         ({"user": ["{{content}}", {"special": "pad"}]}, "a slot is text"),
         ({"user": {"slots": ["{{content}}"]}}, "a slot is text"),
         ({"kind": "modren"}, "kind is 'modren'; it must be one of classic, modern"),
-        ({"tools": ["default"]}, "tools is .*; it must be one of default, none, qwen"),
+        ({"tools": ["default"]}, "tools is .*; it must be one of default, none, "),
         ({"replace_eos": True}, "the first of stop_words"),
         ({"replace_eos": "yes"}, "it must be true or false"),
         ({"stop_words": "<|im_end|>"}, "it must be a list of texts"),
@@ -165,7 +161,7 @@ def test_templates_json(tmp_path: Path) -> None:
         ({"template_class": "Fancy"}, "template_class 'Fancy' is not known"),
         ({"format_smell": {"slots": []}}, "field 'format_smell' is not known"),
         ({"format_tools": 3}, "it must name a format of tools"),
-        ({"format_tools": {"tool_format": "ling"}}, "tools is 'ling'; it must be one of"),
+        ({"format_tools": {"tool_format": "lang"}}, "tools is 'lang'; it must be one of"),
     ],
 )
 def test_a_damaged_templates_json(tmp_path: Path, change: dict[str, Any], message: str) -> None:
