@@ -28,7 +28,7 @@ def fill_model(
     the meta device are made on `device`, with the strides that they have there. `tiles`: see `huggingface.load_into`.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
-    in_four_bits = {f"{name}.weight": nf4 for name, nf4 in nf4_of(model).items()}
+    in_four_bits = nf4_of(model)
     with (
         unlimited("reading weights"),
         progress("reading weights", sum(parameter.numel() for parameter in parameters.values())) as bar,
@@ -38,7 +38,7 @@ def fill_model(
             tile = whole_tile(stored[name].shape) if tiles is None else tiles[name]
             if name in in_four_bits:
                 part = part_of(parameter)
-                in_four_bits[name].fill(part.values, stored[name].read(), part.index())
+                in_four_bits[name].fill(part.values, stored[name].read, part.index())
             elif parameter.is_meta:
                 value = torch.empty_like(parameter, device=device, requires_grad=False)
                 fill(value, tile, stored[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from tessel.layout.adapters import PROJECTIONS, AdapterSpec, is_adapter
 from tessel.layout.tiles import Tile
 from tessel.model.layers import Linear
-from tessel.model.moe import Experts, grouped_linear
-from tessel.model.quantized import Nf4, Packing
+from tessel.model.moe import EXPERT_PROJECTIONS, Experts, grouped_linear
+from tessel.model.quantized import Nf4, Nf4Experts, Packing
 
 
 class Adapter(nn.Module):
@@ -111,7 +112,7 @@ def attach_adapters(layers: nn.ModuleDict, spec: AdapterSpec) -> None:
 
 def _attach_to_experts(experts: Experts, spec: AdapterSpec) -> None:
     held: dict[str, ExpertAdapter] = {}
-    for projection in ("gate_proj", "up_proj", "down_proj"):
+    for projection in EXPERT_PROJECTIONS:
         first = spec.owner(projection)
         if first is not None:
             owner = None if first == projection else held[first]
@@ -131,12 +132,32 @@ def hold_in_nf4(model: nn.Module, tiles: Mapping[str, Tile], dtype: torch.dtype,
             packed = torch.empty(packing.packed_shape, dtype=dtype, device=module.weight.device)
             module.weight = nn.Parameter(packed, requires_grad=False)
             module.nf4 = Nf4(packing, module.weight.device)
+        elif isinstance(module, Experts):
+            module.nf4 = nn.ModuleDict(
+                {
+                    projection: _hold_experts(module, projection, tiles[f"{name}.{projection}"], dtype, double)
+                    for projection in EXPERT_PROJECTIONS
+                }
+            )
 
 
-def nf4_of(model: nn.Module) -> dict[str, Nf4]:
-    """What holds weights in four bits, by the names of their projections."""
-    found = {name: module.nf4 for name, module in model.named_modules() if isinstance(module, Linear)}
-    return {name: nf4 for name, nf4 in found.items() if nf4 is not None}
+def _hold_experts(experts: Experts, projection: str, tile: Tile, dtype: torch.dtype, double: bool) -> Nf4Experts:
+    packing = Packing(tile.shape[1:], tile.start[1:], tile.size[1:], dtype, double)
+    device = experts.get_parameter(projection).device
+    packed = torch.empty((tile.size[0], *packing.packed_shape), dtype=dtype, device=device)
+    setattr(experts, projection, nn.Parameter(packed, requires_grad=False))
+    return Nf4Experts(packing, tile.start[0], tile.size[0], device)
+
+
+def nf4_of(model: nn.Module) -> dict[str, Nf4 | Nf4Experts]:
+    """What holds weights in four bits, by their names."""
+    found: dict[str, Nf4 | Nf4Experts] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.nf4 is not None:
+            found[f"{name}.weight"] = module.nf4
+        elif isinstance(module, Experts) and module.nf4 is not None:
+            found |= {f"{name}.{projection}": cast(Nf4Experts, nf4) for projection, nf4 in module.nf4.items()}
+    return found
 
 
 def freeze_base(model: nn.Module, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ from tessel.model.config import ModelConfig
 from tessel.model.layers import MLP, Linear, gated
 from tessel.model.recompute import MOE, MOE_ACTIVATION, SHARED_EXPERTS, forgetting, recomputed
 
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # (rows sorted by expert [N, E], rows of each expert [X], what computes them so) -> the experts' outputs [N, E]
 Compute = Callable[[Tensor, Tensor], Tensor]
 Exchange = Callable[[Tensor, Tensor, Compute], Tensor]
@@ -120,6 +121,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
         # Beside these, by their names; see `model/lora.py`.
         self.lora: nn.ModuleDict | None = None
+        # How frozen matrices are held in four bits, by their names; the parameters are then rows of bytes.
+        self.nf4: nn.ModuleDict | None = None
         self.exchange: Exchange | None = None
         self.gated, self.grouped, self.spread, self.combine = gated, grouped_linear, spread, combine
         self.recompute_activation = False
@@ -157,7 +160,11 @@ class Experts(nn.Module):
         return down(self.gated(gate_NF, up_NF))
 
     def _product(self, rows_NI: Tensor, name: str, counts_X: Tensor) -> Tensor:
-        y_NO = self.grouped(rows_NI, self.get_parameter(name), counts_X)
+        weight = self.get_parameter(name)
+        if self.nf4 is None:
+            y_NO = self.grouped(rows_NI, weight, counts_X)
+        else:
+            y_NO = self.nf4[name](rows_NI, weight, counts_X, self.grouped)
         if self.lora is None or name not in self.lora:
             return y_NO
         adapted_NO: Tensor = self.lora[name](rows_NI, y_NO, counts_X)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,10 @@ NF4_VALUES = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# The whole of a stored tensor, or a box of it.
+Read = Callable[[tuple[slice, ...] | None], Tensor]
+# Rows of each group times the group's matrix, as `model.moe.grouped_linear`.
+Grouped = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Rows begin at addresses at which fp32 scales may be read.
 _ALIGNMENT_BYTES = 4
 _NESTED_STEPS = 65535
@@ -209,13 +213,14 @@ class Packing:
         return packed, torch.cat([whole.nested.absmax, offset])
 
     def dequantize(self, packed: Tensor, nested: Tensor, dtype: torch.dtype) -> Tensor:
-        """The box of the weight."""
+        """The box of the weight, or of each of several, [..., O, I]."""
         rows = packed.detach().view(torch.uint8)
         values = _pairs(rows[..., : self.code_bytes])[..., : self.size[-1]]
         stored = rows[..., self.code_bytes :]
         if self.double:
-            outer = nested[self._blocks(packed.device) // NESTED_BLOCK]
-            scales = nested_values().to(packed.device)[stored[..., : self.num_groups].int()] * outer + nested[-1]
+            outer = nested[..., self._blocks(packed.device) // NESTED_BLOCK]
+            offset = nested[..., -1, None, None]
+            scales = nested_values().to(packed.device)[stored[..., : self.num_groups].int()] * outer + offset
         else:
             scales = stored.view(torch.float32)[..., : self.num_groups]
         weight = values.unflatten(-1, (self.num_groups, self.group)) * scales[..., None]
@@ -252,6 +257,30 @@ class _Linear(torch.autograd.Function):
         return grads[0] @ ctx.packing.dequantize(packed, nested, grads[0].dtype), None, None, None
 
 
+class _GroupedLinear(torch.autograd.Function):
+    """`_Linear` of rows sorted by expert, each with its expert's weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_NI: Tensor,
+        packed: Tensor,
+        nested: Tensor,
+        packing: Packing,
+        counts_X: Tensor,
+        grouped: Grouped,
+    ) -> Tensor:
+        ctx.save_for_backward(packed, nested, counts_X)
+        ctx.packing, ctx.grouped = packing, grouped
+        return grouped(rows_NI, packing.dequantize(packed, nested, rows_NI.dtype), counts_X)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        packed, nested, counts_X = ctx.saved_tensors
+        weight_XOI = ctx.packing.dequantize(packed, nested, grads[0].dtype)
+        return ctx.grouped(grads[0], weight_XOI.transpose(1, 2), counts_X), None, None, None, None, None
+
+
 class Nf4(nn.Module):
     """What a linear map needs besides its rows of bytes, which are its `weight`."""
 
@@ -275,10 +304,48 @@ class Nf4(nn.Module):
         return rows.dequantize(packed, self.nested, torch.float32)
 
     @torch.no_grad()
-    def fill(self, packed: Tensor, whole: Tensor, box: Sequence[slice]) -> None:
-        """Quantise the `whole` weight, and write the part `box` of the packed rows into `packed`."""
-        value = whole.to(self.nested.device, self.packing.dtype)
-        rows, nested = self.packing.pack(quantize_nf4(value, self.packing.double))
+    def fill(self, packed: Tensor, read: Read, box: Sequence[slice]) -> None:
+        """Quantise the whole weight that `read` gives, and write the part `box` of the packed rows into `packed`."""
+        self.nested.copy_(_fill(self.packing, packed, read(None), box))
+
+
+class Nf4Experts(nn.Module):
+    """As `Nf4`, of stacked matrices [X, O, I], each of which was quantised whole: those from number `first` on."""
+
+    nested: Tensor
+
+    def __init__(self, packing: Packing, first: int, num_experts: int, device: torch.device) -> None:
+        super().__init__()
+        self.packing, self.first = packing, first
+        nested = torch.empty((num_experts, *packing.nested_shape), dtype=torch.float32, device=device)
+        self.register_buffer("nested", nested, persistent=False)
+
+    def forward(self, rows_NI: Tensor, packed: Tensor, counts_X: Tensor, grouped: Grouped) -> Tensor:
+        """Rows sorted by expert, `counts_X` of each, through `grouped` -> [N, O]."""
+        y_NO: Tensor = _GroupedLinear.apply(rows_NI, packed, self.nested, self.packing, counts_X, grouped)
+        return y_NO
+
+    @torch.no_grad()
+    def fill(self, packed: Tensor, read: Read, box: Sequence[slice]) -> None:
+        """As of `Nf4`; one expert after another is read, those alone that are needed."""
+        held, *inner = box
+        for number in range(len(self.nested)):
+            is_held = held.start <= number < held.stop
+            if is_held or self.packing.double:
+                expert = self.first + number
+                whole = read((slice(expert, expert + 1), *(slice(0, size) for size in self.packing.shape)))[0]
+                target = packed[number - held.start] if is_held else packed.new_empty(0)
+                self.nested[number] = _fill(self.packing, target, whole, inner)
+
+
+def _fill(packing: Packing, packed: Tensor, whole: Tensor, box: Sequence[slice]) -> Tensor:
+    """Quantise `whole`, and write the part `box` of the packed rows into `packed`, if it is not empty.
+
+    Returns the scales of the 8-bit scales.
+    """
+    value = whole.to(packed.device, packing.dtype)
+    rows, nested = packing.pack(quantize_nf4(value, packing.double))
+    if packed.numel():
         # As bytes: a copy of numbers might quieten what happens to be no number.
         packed.view(torch.uint8).copy_(rows[tuple(box)].contiguous().view(torch.uint8))
-        self.nested.copy_(nested)
+    return nested

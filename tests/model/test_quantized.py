@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tessel.model.quantized import Nf4, Packing, nested_values, nf4_values, quantize_nf4
+from tessel.model.moe import grouped_linear
+from tessel.model.quantized import Nf4, Nf4Experts, Packing, nested_values, nf4_values, quantize_nf4
 
 SHAPES = [(64, 64), (33, 50), (7, 9), (1, 3), (200, 896)]
 
@@ -81,13 +82,41 @@ def test_backward_reaches_the_input_alone() -> None:
     packing = Packing((24, 128), (0, 0), (24, 128), torch.float32, double=True)
     nf4 = Nf4(packing, torch.device("cpu"))
     packed = torch.empty(packing.packed_shape)
-    nf4.fill(packed, weight, (slice(0, 24), slice(None)))
+    nf4.fill(packed, lambda box: weight, (slice(0, 24), slice(None)))
     plain = quantize_nf4(weight, double=True).dequantize()
     x, same = (torch.linspace(-1, 1, 5 * 128).view(5, 128).requires_grad_() for _ in range(2))
     y, expected = nf4(x, packed), F.linear(same, plain)
     y.square().sum().backward()
     expected.square().sum().backward()
     assert torch.equal(y, expected)
+    torch.testing.assert_close(x.grad, same.grad)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_experts_of_a_box(double: bool) -> None:
+    """Experts 1 and 2 of 4, a part of each, in their dequantised products, forward and backward."""
+    torch.manual_seed(4)
+    whole = torch.randn(4, 24, 128)
+    packing = Packing((24, 128), (8, 0), (16, 128), torch.float32, double)
+    experts = Nf4Experts(packing, 1, 2, torch.device("cpu"))
+    packed = torch.empty(2, *packing.packed_shape)
+    read: list[int] = []
+
+    def reading(box: tuple[slice, ...] | None) -> torch.Tensor:
+        assert box is not None
+        read.append(box[0].start)
+        return whole[box]
+
+    for first in (0, 1):  # as two processes that share the experts would
+        experts.fill(packed[first : first + 1], reading, (slice(first, first + 1), slice(0, 16), slice(None)))
+    assert read == ([1, 2, 1, 2] if double else [1, 2])
+    plain = torch.stack([quantize_nf4(whole[expert], double).dequantize()[8:] for expert in (1, 2)])
+    counts = torch.tensor([3, 2])
+    x, same = (torch.linspace(-1, 1, 5 * 128).view(5, 128).requires_grad_() for _ in range(2))
+    y, expected = experts(x, packed, counts, grouped_linear), grouped_linear(same, plain, counts)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected)
     torch.testing.assert_close(x.grad, same.grad)
 
 

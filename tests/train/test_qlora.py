@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tessel.checkpoint.huggingface import open_folder
 from tessel.cli import main
+from tessel.model.quantized import quantize_nf4
 from tests.train.test_lora import adapter_of, data, flags, losses, samples_of, train, train_together
 
 MakeFolder = Callable[..., Path]
@@ -74,6 +77,43 @@ def test_every_layout_trains_the_same(layout: str, tiny_hf_folder: MakeFolder, d
     many = train_together(folder, data, tmp_path / "many", *double, *LAYOUTS[layout].split())
     assert many == pytest.approx(alone, rel=2e-3 if in_bf16 else 1e-5)
     assert alone != train(folder, data, tmp_path / "plain", *in_bf16)
+
+
+@pytest.fixture
+def mixture(tiny_hf_folder: MakeFolder) -> Path:
+    return tiny_hf_folder("qwen3_moe", num_experts=4)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_experts_are_quantised_one_by_one(double: bool, mixture: Path, data: Path, tmp_path: Path) -> None:
+    """The losses beside a model whose projections, each expert's among them, went through NF4 before."""
+    rounded = tmp_path / "rounded"
+    shutil.copytree(mixture, rounded)
+    weights = load_file(rounded / "model.safetensors")
+    projections = [name for name in weights if name.endswith("_proj.weight")]
+    assert sum(".experts." in name for name in projections) == 2 * 4 * 3
+    for name in projections:
+        weights[name] = quantize_nf4(weights[name], double).dequantize()
+    save_file(weights, rounded / "model.safetensors", {"format": "pt"})
+    more = [*QLORA, "--qlora-double-quant"] if double else QLORA
+    assert train(mixture, data, tmp_path / "four", *more) == pytest.approx(
+        train(rounded, data, tmp_path / "plain"), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--nproc-per-node 2 --expert-model-parallel-size 2",
+        "--nproc-per-node 4 --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2 "
+        "--data-parallel-sharding-strategy optim_grads_params",
+    ],
+)
+def test_every_layout_trains_a_mixture_the_same(layout: str, mixture: Path, data: Path, tmp_path: Path) -> None:
+    double = [*QLORA, "--qlora-double-quant"]
+    alone = train(mixture, data, tmp_path / "one", *double)
+    many = train_together(mixture, data, tmp_path / "many", *double, *layout.split())
+    assert many == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", [[], ["--bf16"]])
