@@ -151,6 +151,7 @@ ACCEPTED: dict[str, Accepted] = {
         "--enable-hf2mg-convert --enable-mg2hf-convert"
     )),
     **_accepted("weights are held once, in fp32", "--reuse-fp32-param"),
+    **_accepted("checkpoints hold adapters alone; tessel merge writes the whole model", "--qlora-save-dequantize"),
     **_accepted("the optimizer is torch's on every device", "--use-torch-optimizer-for-cpu-offload"),
     **_accepted("one parameter's state after the other", "--swap-optimizer-times=1"),
     **{flag: row for reason, flags in SUITES_ACCEPTED.items() for flag, row in _accepted(reason, flags).items()},
@@ -252,9 +253,6 @@ LATER: dict[str, str] = {
     )),
     **_later("fine-tuning on dialogues as Megatron-LM reads them (--is-instruction-dataset is there)", (
         "--sft --sft-tokenizer-prompt-format --history-turns"
-    )),
-    **_later("LoRA", (
-        "--qlora-save-dequantize"
     )),
     **_later("preprocessing beyond plain .jsonl and .txt", (
         "--overwrite-cache --n-subs --cache-dir --merge-group-keys --streaming --mix-strategy "
