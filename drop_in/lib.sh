@@ -4,6 +4,8 @@
 #   processes FILE ARGUMENT...    the same in NPUS_PER_NODE processes of each node
 #   logged NAME COMMAND...        a command whose output also goes to logs/NAME.log
 #   made PATH                     says where the result is
+#
+# shellcheck shell=bash
 
 set -euo pipefail
 

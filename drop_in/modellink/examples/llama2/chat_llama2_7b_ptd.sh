@@ -1,5 +1,8 @@
 #!/bin/bash
-# A dialogue with Llama2-7B in its template.
-export LOG_NAME="${LOG_NAME:-chat_llama2_7b}" NPUS_PER_NODE="${NPUS_PER_NODE:-1}" TP="${TP:-1}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/generate_llama2_7b_ptd.sh" \
-    --task chat --prompt-type "${PROMPT_TYPE:-llama2}" "$@"
+# Llama 2 7B: a dialogue.
+: "${CHECKPOINT:=${CKPT_LOAD_DIR:-./model_weights/llama2-legacy/}}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${TP:=8}" "${PP:=1}" "${MAX_NEW_TOKENS:=256}"
+: "${PROMPT_TYPE:=llama2}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
+chat --add-eos-token '<|eot_id|>' --temperature 1 --top-p 0.9 "$@"

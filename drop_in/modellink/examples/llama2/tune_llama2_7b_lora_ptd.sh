@@ -1,6 +1,12 @@
 #!/bin/bash
-# Adapters beside a frozen Llama2-7B, on instructions.
-export LOG_NAME="${LOG_NAME:-tune_llama2_7b_lora}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/tune_llama2_7b_ptd.sh" \
-    --lora-r "${LORA_R:-16}" --lora-alpha "${LORA_ALPHA:-32}" \
-    --lora-target-modules query_key_value dense dense_h_to_4h dense_4h_to_h "$@"
+# Llama 2 7B: adapters beside a frozen model, on dialogues.
+: "${CKPT_LOAD_DIR=${CHECKPOINT-./model_weights/llama2-legacy/}}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_llama2_7b_lora_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${TP:=1}" "${PP:=1}"
+: "${SEQ_LEN:=2048}" "${MBS:=1}" "${GBS:=32}" "${TRAIN_ITERS:=2000}"
+: "${LR:=5.0e-5}" "${MIN_LR:=1.25e-6}" "${PROMPT_TYPE:=llama2}" "${LORA_R:=8}" "${LORA_ALPHA:=16}"
+TRAINER=pretrain_gpt.py
+source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
+tune --variable-seq-lengths --adam-beta2 0.999 "$@"

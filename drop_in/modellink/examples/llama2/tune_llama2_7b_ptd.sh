@@ -1,8 +1,12 @@
 #!/bin/bash
-# Fine-tuning of Llama2-7B on instructions, whole; tune_llama2_7b_lora_ptd.sh trains adapters.
-export DATA_PATH="${DATA_PATH:-./finetune_dataset/alpaca}" LOG_NAME="${LOG_NAME:-tune_llama2_7b}"
-export TP="${TP:-8}" PP="${PP:-1}" MBS="${MBS:-4}" GBS="${GBS:-128}" TRAIN_ITERS="${TRAIN_ITERS:-2000}"
-export SPLIT="${SPLIT:-100,0,0}" EVAL_ITERS="${EVAL_ITERS:-0}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/pretrain_llama2_7b_ptd.sh" \
-    --finetune --stage sft --is-instruction-dataset --variable-seq-lengths --tokenizer-not-use-fast \
-    --prompt-type "${PROMPT_TYPE:-llama2}" "$@"
+# Llama 2 7B: adapters beside a frozen model, on dialogues.
+: "${CKPT_LOAD_DIR=${CHECKPOINT-./model_weights/llama2-legacy/}}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_llama2_7b_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${TP:=8}" "${PP:=1}"
+: "${SEQ_LEN:=4096}" "${MBS:=4}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
+: "${PROMPT_TYPE:=llama2}" "${LORA_R:=16}" "${LORA_ALPHA:=32}"
+TRAINER=pretrain_gpt.py
+source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
+tune "$@"

@@ -1,4 +1,7 @@
 #!/bin/bash
-# Llama 2 -> Megatron's torch format. The legacy tree's script does it: to tessel, mcore and legacy are the same model.
-export SAVE_DIR="${SAVE_DIR:-./model_weights/llama2-mcore/}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../llama2/ckpt_convert_llama2_hf2legacy.sh" --use-mcore-models "$@"
+# Llama 2: a Hugging Face folder -> the torch format of Megatron.
+: "${LOAD_DIR:=./model_from_hf/llama2-hf/}"
+: "${SAVE_DIR:=./model_weights/llama2-mcore/}"
+: "${TP:=1}" "${PP:=2}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+to_megatron convert_ckpt.py "$@"

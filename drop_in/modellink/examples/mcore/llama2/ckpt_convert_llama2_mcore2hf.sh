@@ -1,4 +1,6 @@
 #!/bin/bash
-# A checkpoint of Megatron -> mg2hg/ in the original folder. The legacy tree's script does it: to tessel, mcore and legacy are the same model.
-export LOAD_DIR="${LOAD_DIR:-./model_weights/llama2-mcore/}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../llama2/ckpt_convert_llama2_legacy2hf.sh" "$@"
+# Llama 2: a checkpoint of Megatron, cut anyhow -> mg2hg/ in the original folder.
+: "${LOAD_DIR:=./model_weights/llama2-mcore/}"
+: "${SAVE_DIR:=./model_from_hf/llama2-hf/}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+to_hugging_face convert_ckpt.py "$@"

@@ -1,3 +1,7 @@
 #!/bin/bash
-# Text -> PREFIX_text_document.bin and .idx. The legacy tree's script does it: to tessel, mcore and legacy are the same model.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../llama2/data_convert_llama2_pretrain.sh" "$@"
+# Llama 2: texts for pretraining.
+: "${INPUT:=./dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${OUTPUT_PREFIX:=./dataset/enwiki}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+texts --handler-name GeneralPretrainHandler --json-keys text "$@"

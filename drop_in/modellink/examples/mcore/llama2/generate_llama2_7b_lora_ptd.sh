@@ -1,4 +1,8 @@
 #!/bin/bash
-# Texts of Llama2-7B with an adapter. The legacy tree's script does it: to tessel, mcore and legacy are the same model.
-export CKPT_LOAD_DIR="${CKPT_LOAD_DIR-${CHECKPOINT-./model_weights/llama2-mcore/}}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../llama2/generate_llama2_7b_lora_ptd.sh" "$@"
+# Llama 2 7B: texts, with an adapter that is not merged.
+: "${CHECKPOINT:=${CKPT_LOAD_DIR:-./model_weights/llama2-mcore/}}"
+: "${CHECKPOINT_LORA:=./ckpt/tune_llama2_7b_lora_ptd}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${TP:=8}" "${PP:=1}" "${MAX_NEW_TOKENS:=256}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+generate "$@"

@@ -1,4 +1,7 @@
 #!/bin/bash
-# Texts of Llama2-7B. The legacy tree's script does it: to tessel, mcore and legacy are the same model.
-export CKPT_LOAD_DIR="${CKPT_LOAD_DIR-${CHECKPOINT-./model_weights/llama2-mcore/}}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../llama2/generate_llama2_7b_ptd.sh" "$@"
+# Llama 2 7B: texts.
+: "${CHECKPOINT:=${CKPT_LOAD_DIR:-./model_weights/llama2-mcore/}}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${NPUS_PER_NODE:=1}" "${TP:=1}" "${PP:=1}" "${MAX_NEW_TOKENS:=256}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+generate "$@"

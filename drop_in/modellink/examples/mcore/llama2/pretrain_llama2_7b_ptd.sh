@@ -1,4 +1,11 @@
 #!/bin/bash
-# Pretraining of Llama2-7B. The legacy tree's script does it: to tessel, mcore and legacy are the same model.
-export CKPT_LOAD_DIR="${CKPT_LOAD_DIR-${CHECKPOINT-./model_weights/llama2-mcore/}}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../llama2/pretrain_llama2_7b_ptd.sh" "$@"
+# Llama 2 7B: pretraining.
+: "${CKPT_LOAD_DIR=${CHECKPOINT-./model_weights/llama2-mcore/}}"
+: "${CKPT_SAVE_DIR:=./ckpt/pretrain_llama2_7b_ptd}"
+: "${DATA_PATH:=./dataset/enwiki_text_document}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${TP:=1}" "${PP:=2}"
+: "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=256}" "${TRAIN_ITERS:=5000}"
+: "${SPLIT:=949,50,1}" "${EVAL_ITERS:=10}" "${EVAL_INTERVAL:=1000}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+pretrain --use-distributed-optimizer "$@"

@@ -1,4 +1,12 @@
 #!/bin/bash
-# Fine-tuning of Llama2-7B, whole. The legacy tree's script does it: to tessel, mcore and legacy are the same model.
-export CKPT_LOAD_DIR="${CKPT_LOAD_DIR-${CHECKPOINT-./model_weights/llama2-mcore/}}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../../llama2/tune_llama2_7b_ptd.sh" "$@"
+# Llama 2 7B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=${CHECKPOINT-./model_weights/llama2-mcore/}}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_llama2_7b_full_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${TP:=8}" "${PP:=1}"
+: "${SEQ_LEN:=4096}" "${MBS:=4}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
+: "${LR:=5e-5}" "${MIN_LR:=1.25e-7}" "${PROMPT_TYPE:=llama2}"
+TRAINER=pretrain_gpt.py
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --variable-seq-lengths "$@"

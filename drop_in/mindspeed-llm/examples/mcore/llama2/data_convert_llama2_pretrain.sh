@@ -1,0 +1,7 @@
+#!/bin/bash
+# Llama 2: texts for pretraining.
+: "${INPUT:=./dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet}"
+: "${TOKENIZER_PATH:=./model_from_hf/llama-2-7b-hf/}"
+: "${OUTPUT_PREFIX:=./dataset/enwiki}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+texts --handler-name GeneralPretrainHandler --json-keys text "$@"

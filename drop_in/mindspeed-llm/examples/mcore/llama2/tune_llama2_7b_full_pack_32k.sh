@@ -1,0 +1,13 @@
+#!/bin/bash
+# Llama 2 7B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=./model_weights/llama2-mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_llama2_7b_full_pack_32k}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/llama-2-7b-hf/}"
+: "${TP:=2}" "${PP:=1}" "${CP:=4}"
+: "${SEQ_LEN:=32768}" "${MBS:=1}" "${GBS:=64}" "${TRAIN_ITERS:=2000}"
+: "${LR:=1.0e-6}" "${PROMPT_TYPE:=llama2}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --no-check-for-nan-in-loss-and-grad --context-parallel-algo ulysses_cp_algo --ulysses-degree-in-cp 2 \
+    --num-workers 16 --overlap-param-gather --use-distributed-optimizer --adam-beta2 0.999 --adam-eps 1e-5 \
+    --reset-attention-mask "$@"

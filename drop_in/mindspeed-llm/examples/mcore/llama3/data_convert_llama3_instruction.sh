@@ -1,0 +1,7 @@
+#!/bin/bash
+# Llama 3: dialogues for fine-tuning.
+: "${INPUT:=./dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet}"
+: "${TOKENIZER_PATH:=./model_from_hf/llama-3-8b-hf/}"
+: "${OUTPUT_PREFIX:=./finetune_dataset/alpaca}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+dialogues --handler-name AlpacaStyleInstructionHandler --prompt-type llama3 --seq-length 8192 "$@"

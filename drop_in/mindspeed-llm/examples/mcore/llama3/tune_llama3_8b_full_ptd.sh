@@ -1,0 +1,11 @@
+#!/bin/bash
+# Llama 3 8B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=./model_weights/llama3_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_llama3_8b_full_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/llama-3-8b-hf/}"
+: "${TP:=1}" "${PP:=8}"
+: "${SEQ_LEN:=8192}" "${MBS:=1}" "${GBS:=8}" "${TRAIN_ITERS:=2000}"
+: "${EVAL_ITERS:=10}" "${EVAL_INTERVAL:=2000}" "${LR:=1e-7}" "${PROMPT_TYPE:=llama3}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --no-pad-to-seq-lengths --lr-decay-style constant --weight-decay 0.0 --adam-beta2 0.999 --seed 42 "$@"

@@ -1,0 +1,7 @@
+#!/bin/bash
+# Qwen2.5 3B: texts.
+: "${CHECKPOINT:=${CKPT_LOAD_DIR:-./model_weights/qwen2.5_mcore/}}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-3b-hf/}"
+: "${NPUS_PER_NODE:=2}" "${TP:=1}" "${PP:=2}" "${MAX_NEW_TOKENS:=256}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+generate "$@"

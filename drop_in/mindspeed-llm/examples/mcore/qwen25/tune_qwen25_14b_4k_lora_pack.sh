@@ -1,0 +1,11 @@
+#!/bin/bash
+# Qwen2.5 14B: adapters beside a frozen model, on dialogues.
+: "${CKPT_LOAD_DIR=./model_weights/qwen2.5_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_qwen25_14b_4k_lora_pack}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-14b-hf/}"
+: "${TP:=1}" "${PP:=2}"
+: "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
+: "${PROMPT_TYPE:=qwen}" "${LORA_R:=8}" "${LORA_ALPHA:=16}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --seed 42 --use-distributed-optimizer --padded-samples --neat-pack --reset-attention-mask "$@"

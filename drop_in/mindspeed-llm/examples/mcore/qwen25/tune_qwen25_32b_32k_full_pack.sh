@@ -1,0 +1,13 @@
+#!/bin/bash
+# Qwen2.5 32B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=./model_weights/qwen2.5_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_qwen25_32b_32k_full_pack}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-32b-hf/}"
+: "${NPUS_PER_NODE:=16}" "${NNODES:=2}" "${TP:=8}" "${PP:=2}"
+: "${SEQ_LEN:=32768}" "${MBS:=1}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
+: "${LR:=7.75e-7}" "${MIN_LR:=7.75e-8}" "${PROMPT_TYPE:=qwen}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --recompute-granularity full --recompute-method block --recompute-activation-function-num-layers 14 \
+    --recompute-activation-function --use-ascend-coc --use-distributed-optimizer --seed 42 \
+    --reset-attention-mask --neat-pack --padded-samples "$@"

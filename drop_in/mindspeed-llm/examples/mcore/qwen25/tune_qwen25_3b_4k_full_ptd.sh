@@ -1,0 +1,11 @@
+#!/bin/bash
+# Qwen2.5 3B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=./model_weights/qwen2.5_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_qwen25_3b_4k_full_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-3b-hf/}"
+: "${TP:=2}" "${PP:=1}"
+: "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=8}" "${TRAIN_ITERS:=2000}"
+: "${LR:=1.0e-6}" "${PROMPT_TYPE:=qwen}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --no-pad-to-seq-lengths --weight-decay 0.0 --seed 42 "$@"

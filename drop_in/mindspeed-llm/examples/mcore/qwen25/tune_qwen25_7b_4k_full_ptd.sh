@@ -1,0 +1,12 @@
+#!/bin/bash
+# Qwen2.5 7B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=./model_weights/qwen2.5_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_qwen25_7b_4k_full_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-7b-hf/}"
+: "${TP:=1}" "${PP:=2}"
+: "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=8}" "${TRAIN_ITERS:=5000}"
+: "${PROMPT_TYPE:=qwen}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --use-distributed-optimizer --overlap-param-gather --weight-decay 0.0 --seed 1234 --padded-samples \
+    --no-pad-to-seq-lengths "$@"

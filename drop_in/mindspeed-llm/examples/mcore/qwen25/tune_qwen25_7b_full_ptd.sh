@@ -1,0 +1,11 @@
+#!/bin/bash
+# Qwen2.5 7B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=./model_weights/qwen2.5_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_qwen25_7b_full_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-7b-hf/}"
+: "${TP:=1}" "${PP:=8}"
+: "${SEQ_LEN:=32768}" "${MBS:=1}" "${GBS:=8}" "${TRAIN_ITERS:=2000}"
+: "${PROMPT_TYPE:=qwen}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --num-layer-list 4,4,4,4,3,3,3,3 --weight-decay 0.0 --seed 1234 --no-pad-to-seq-lengths "$@"

@@ -1,0 +1,7 @@
+#!/bin/bash
+# Qwen3 32B: texts.
+: "${CHECKPOINT:=${CKPT_LOAD_DIR:-./model_weights/qwen3_mcore/}}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen3-32b-hf/}"
+: "${TP:=8}" "${PP:=1}" "${MAX_NEW_TOKENS:=256}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+generate "$@"

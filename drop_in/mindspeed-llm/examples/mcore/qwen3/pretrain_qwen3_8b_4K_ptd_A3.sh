@@ -1,0 +1,10 @@
+#!/bin/bash
+# Qwen3 8B: pretraining.
+: "${CKPT_LOAD_DIR=./model_weights/qwen3_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/pretrain_qwen3_8b_4K_ptd_A3}"
+: "${DATA_PATH:=./dataset/enwiki_text_document}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen3-8b-hf/}"
+: "${NPUS_PER_NODE:=16}" "${TP:=2}" "${PP:=1}"
+: "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+pretrain --use-distributed-optimizer --overlap-param-gather --use-ascend-coc --seed 42 "$@"

@@ -1,0 +1,11 @@
+#!/bin/bash
+# Qwen3 14B: adapters beside a frozen model, on dialogues.
+: "${CKPT_LOAD_DIR=./model_weights/qwen3_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_qwen3_14b_4K_lora_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen3-14b-hf/}"
+: "${TP:=2}" "${PP:=2}"
+: "${SEQ_LEN:=4096}" "${MBS:=4}" "${GBS:=64}" "${TRAIN_ITERS:=2000}"
+: "${LR:=1.25e-5}" "${MIN_LR:=1.25e-7}" "${PROMPT_TYPE:=qwen3}" "${LORA_R:=16}" "${LORA_ALPHA:=32}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --use-distributed-optimizer --seed 42 --no-pad-to-seq-lengths "$@"

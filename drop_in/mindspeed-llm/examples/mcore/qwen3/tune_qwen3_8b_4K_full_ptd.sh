@@ -1,0 +1,11 @@
+#!/bin/bash
+# Qwen3 8B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=./model_weights/qwen3_mcore/}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_qwen3_8b_4K_full_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=./model_from_hf/qwen3-8b-hf/}"
+: "${TP:=1}" "${PP:=2}"
+: "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=16}" "${TRAIN_ITERS:=2000}"
+: "${PROMPT_TYPE:=qwen3}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+tune --use-distributed-optimizer --seed 42 --no-pad-to-seq-lengths "$@"

@@ -1,0 +1,12 @@
+#!/bin/bash
+# Llama 2 34B: adapters beside a frozen model, on dialogues.
+: "${CKPT_LOAD_DIR=${CHECKPOINT-./model_weights/llama2-legacy/}}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_llama2_34b_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-34b-hf/}}"
+: "${TP:=8}" "${PP:=1}"
+: "${SEQ_LEN:=4096}" "${MBS:=2}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
+: "${LR:=1.5e-4}" "${MIN_LR:=1.0e-5}" "${PROMPT_TYPE:=llama2}" "${LORA_R:=16}" "${LORA_ALPHA:=32}"
+TRAINER=pretrain_gpt.py
+source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
+tune --weight-decay 1e-2 "$@"

@@ -1,0 +1,12 @@
+#!/bin/bash
+# Llama 2 7B: fine-tuning on dialogues, whole.
+: "${CKPT_LOAD_DIR=${CHECKPOINT-./model_weights/llama2-legacy/}}"
+: "${CKPT_SAVE_DIR:=./ckpt/tune_llama2_7b_full_ptd}"
+: "${DATA_PATH:=./finetune_dataset/alpaca}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-hf/}}"
+: "${TP:=8}" "${PP:=1}"
+: "${SEQ_LEN:=4096}" "${MBS:=4}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
+: "${LR:=5e-5}" "${MIN_LR:=1.25e-7}" "${PROMPT_TYPE:=llama2}"
+TRAINER=pretrain_gpt.py
+source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
+tune --variable-seq-lengths "$@"

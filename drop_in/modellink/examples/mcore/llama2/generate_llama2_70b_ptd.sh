@@ -1,0 +1,7 @@
+#!/bin/bash
+# Llama 2 70B: texts.
+: "${CHECKPOINT:=${CKPT_LOAD_DIR:-./model_weights/llama2-mcore/}}"
+: "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-70b-hf/}}"
+: "${TP:=8}" "${PP:=1}" "${MAX_NEW_TOKENS:=256}"
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
+generate "$@"
