@@ -10,13 +10,13 @@ from typing import Any
 
 from tessel.drop_in.arguments import Arguments
 from tessel.drop_in.commands import Command, Translation
-from tessel.errors import UsageError
+from tessel.errors import TesselError, UsageError
 
 _DEMOS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling")
 _PROMPT = "how are you?"
 _GENERATION_DEFAULTS = {"--top-p": "0.95", "--top-k": "50", "--temperature": "0.7"}
 _PRECISIONS = ("--bf16", "--fp16", "--fp32")
-_DTYPES = {"bfloat16": "--bf16", "float16": "--fp16", "float32": "--fp32"}
+_DTYPES: dict[str | None, str] = {"bfloat16": "--bf16", "float16": "--fp16", "float32": "--fp32"}
 _OF_THE_HARNESS = {
     "--model": "",
     "--model-args": "",
@@ -163,9 +163,26 @@ def _with_precision(arguments: Arguments) -> Arguments:
     """The precision that the model is stored in, where none is given."""
     if any(arguments.has(flag) for flag in _PRECISIONS):
         return arguments
-    config = _json(arguments.value("--load"), "config.json")
+    flag = _DTYPES.get(_stored_dtype(arguments))
+    return arguments if flag is None else arguments.plus(flag)
+
+
+def _stored_dtype(arguments: Arguments) -> str | None:
+    """The name of the dtype of most weights; None where there are none, which a verb will say in its own words."""
+    load = arguments.value("--load")
+    if load is None or not Path(load).exists():
+        return None
+    from tessel.generate.engine import find_model
+
+    try:
+        source = find_model(load, arguments.value("--hf-dir") or arguments.value("--hf-cfg-dir"))
+    except TesselError:
+        return None
+    if source.stored is not None:
+        return str(source.stored.dtypes[0]).removeprefix("torch.")
+    config = _json(source.folder, "config.json")
     dtype = config.get("dtype") or config.get("torch_dtype")
-    return arguments.plus(_DTYPES[dtype]) if dtype in _DTYPES else arguments
+    return dtype if isinstance(dtype, str) else None
 
 
 def _has_template(arguments: Arguments) -> bool:
@@ -176,7 +193,7 @@ def _has_template(arguments: Arguments) -> bool:
     return (Path(folder) / "chat_template.jinja").exists() or "chat_template" in _json(folder, "tokenizer_config.json")
 
 
-def _json(folder: str | None, name: str) -> dict[str, Any]:
+def _json(folder: str | Path | None, name: str) -> dict[str, Any]:
     """An object in a folder; an empty one where it cannot be read, which a verb will say in its own words."""
     try:
         content = json.loads((Path(folder or "") / name).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tessel.cli import main
 from tessel.config.convert import CONVERSION, ConvertConfig
 from tessel.config.megatron import MEGATRON
 from tessel.config.parser import parse
@@ -123,6 +124,20 @@ def test_generation_has_the_suites_demonstrations(tiny_hf_folder: Callable[..., 
     assert (first.values("--task"), first.value("--prompt")) == (("greedy",), "how are you?")
     assert (first.value("--top-k"), chat.value("--history-turns"), first.has("--history-turns")) == ("50", "3", False)
     assert translate("mindspeed", "inference.py", ["--task", "chat"]).commands[0].verb == "chat"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_precision_is_that_of_a_checkpoint_that_has_no_config(
+    tiny_hf_folder: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    mg = tmp_path / "mg"
+    line = f"convert --load {tiny_hf_folder('qwen2')} --save {mg} --to torch --flavour v1 --params-dtype {dtype}"
+    assert main(line.split()) == 0
+    for path in mg.rglob("*.json"):
+        path.unlink()  # the suites' own checkpoints have none
+    for program in ("inference.py", "evaluation.py"):
+        (command,) = translate("mindspeed", program, ["--load", str(mg), "--task", "greedy"]).commands
+        assert [flag for flag in ("--bf16", "--fp16", "--fp32") if command.arguments.has(flag)] == [f"--{dtype}"]
 
 
 def test_generation_takes_the_processes_of_one_model() -> None:
