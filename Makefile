@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-layouts test-oracle test-slow test-guides test-wheel test-gpu lint format bench install clean
+.PHONY: demo test test-layouts test-oracle test-slow test-guides test-wheel test-npu-schemas test-gpu lint format bench install clean
 
 install: $(STAMP)
 
@@ -40,6 +40,11 @@ test-guides: $(STAMP)
 
 test-wheel: $(STAMP)
 	$(PYTEST) -m slow tests/test_wheel.py $(ARGS)
+
+# Downloads torch_npu's wheel (44 MB) once; no NPU is needed, and none is used.
+test-npu-schemas: $(STAMP)
+	$(BIN)/python tests/npu/package.py $(VENV)/torch_npu
+	TESSEL_TORCH_NPU=$(abspath $(VENV))/torch_npu $(PYTEST) -m 'oracle or not oracle' tests/npu tests/model/test_vendor.py $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -82,6 +82,7 @@ VENDORS_ALLOWED = {
     "mindspore_engine/model.py",
     "mindspore_engine/support.py",
     "config/layout.py",
+    "config/profiling.py",
     "config/run.py",
     "config/verbs.py",
     "config/megatron.py",

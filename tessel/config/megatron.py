@@ -155,11 +155,7 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("the optimizer is torch's on every device", "--use-torch-optimizer-for-cpu-offload"),
     **_accepted("one parameter's state after the other", "--swap-optimizer-times=1"),
     **{flag: row for reason, flags in SUITES_ACCEPTED.items() for flag, row in _accepted(reason, flags).items()},
-    **_accepted("--profile is torch's own profiler, and records every operator and kernel", (
-        "--use-pytorch-profiler --profile-level=1"
-    )),
-    **_accepted("nothing but the trace and the table is written", "--profile-data-simplification"),
-    "--profile-export-type": Accepted(1, "a Chrome trace is written", only=("text",)),
+    **_accepted("--profile is torch's own profiler, and records every operator and kernel", "--use-pytorch-profiler"),
     "--ai-framework": Accepted(1, "tessel runs on PyTorch", only=("pytorch",)),
     "--sparse-mode": Accepted(1, "always causal", only=("0", "2")),
     "--cp-attention-mask-type": Accepted(1, "masks follow from the documents"),

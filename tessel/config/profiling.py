@@ -33,6 +33,21 @@ class Profiling:
         None, "where traces and tables are written; profile/ in --save, or ./profile", metavar="DIR"
     )
 
+    profile_level: str = option(
+        "level0",
+        "how much an NPU's profiler records: level0 is operators, level1 and level2 AI Cores' counters, too",
+        choices=("level_none", "level0", "level1", "level2"),
+    )
+    profile_export_type: str = option("text", "what an NPU's profiler writes", choices=("text", "db"))
+    profile_data_simplification: bool = option(False, "an NPU's profiler leaves no raw data behind")
+
+    @property
+    def of_one_vendor(self) -> list[str]:
+        """The flags given that are for one vendor's profiler alone, as on the command line."""
+        found = [] if self.profile_level == "level0" else [f"--profile-level {self.profile_level}"]
+        found += [] if self.profile_export_type == "text" else [f"--profile-export-type {self.profile_export_type}"]
+        return found + ["--profile-data-simplification"] * self.profile_data_simplification
+
     @property
     def first_step(self) -> int:
         """The first iteration that is recorded, counted from 1."""

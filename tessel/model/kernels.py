@@ -156,13 +156,14 @@ def unavailable(row: str, device: torch.device) -> str | None:
     return why
 
 
-def compile_layers(layers: nn.ModuleDict) -> None:
-    """torch.compile each layer in place (`--compile`); layers of one shape share the compiled code.
+def compile_layers(layers: nn.ModuleDict, backend: Any = "inductor") -> None:
+    """torch.compile each layer in place (`--compile`), by a backend as torch takes it.
 
-    Mixtures of experts stay outside: how many tokens an expert gets is only known when they run.
+    Layers of one shape share the compiled code. Mixtures of experts stay outside: how many tokens an expert gets is
+    only known when they run.
     """
     for layer in layers.values():
         for module in layer.modules():
             if isinstance(module, MixtureOfExperts):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-        layer.compile()
+        layer.compile(backend=backend)

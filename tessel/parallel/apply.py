@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def parallelize(
     stages: Stages,
     layout: Layout,
     load: Callable[[Sequence[Transformer]], None],
-    compile: bool,
+    compiler: Any,
     sharding: Sharding | None,
     hold: Callable[[Transformer], None] | None = None,
     products: FusedProducts | None = None,
@@ -57,16 +58,17 @@ def parallelize(
     """This process's part of the model, one module for each of its pipeline stages.
 
     `build` makes a whole model on the meta device; `load` fills the parts in with weights once they are shared
-    out, so that no process ever holds more than it keeps. `hold` changes how a part holds what is its own;
-    `products`: as of `apply_tensor_parallel`. One process alone has no `groups`, and the whole model. Without
-    `sharding`, parameters stay plain tensors: one copy in fp32 needs none.
+    out, so that no process ever holds more than it keeps. `compiler` is torch.compile's backend, None where
+    nothing is compiled; `hold` changes how a part holds what is its own; `products`: as of `apply_tensor_parallel`.
+    One process alone has no `groups`, and the whole model. Without `sharding`, parameters stay plain tensors: one copy
+    in fp32 needs none.
     """
     parts = [build()] if groups is None else _own_parts(build, config, groups, stages, layout, products)
     for part in parts:
         if hold is not None:
             hold(part)
-        if compile:
-            compile_layers(part.layers)
+        if compiler is not None:
+            compile_layers(part.layers, compiler)
         if sharding is not None:
             shard(part, sharding)
     load(parts)

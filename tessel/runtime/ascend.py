@@ -1,10 +1,12 @@
-"""What an Ascend machine has beside torch_npu: driver, firmware and CANN, and the environment variables of its guides.
+"""What an Ascend machine has beside torch's devices: driver, firmware and CANN, its guides' variables, its profiler.
 
-Reads files alone, in the places where Huawei's installers put them; imports neither torch nor torch_npu.
+Reads files in the places where Huawei's installers put them. Imports no torch; torch_npu for its profiler, when one
+is made.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Mapping
@@ -116,3 +118,55 @@ def remarks(is_npu: bool, environment: Mapping[str, str] = os.environ) -> list[s
         return []
     words = [f"{name} ({_INSTEAD[name]})" if name in _INSTEAD else name for name in idle]
     return [f"environment variables without effect here: {', '.join(words)}"]
+
+
+_LEVELS = {"level_none": "Level_none", "level0": "Level0", "level1": "Level1", "level2": "Level2"}
+_EXPORT_TYPES = {"text": "Text", "db": "Db"}
+
+
+class Profiler:
+    """torch_npu's profiler (Ascend Extension for PyTorch, torch_npu.profiler), set as MindSpeed-LLM sets it.
+
+    `level` and `export_type` are MindSpeed-LLM's words. What it recorded is parsed when it stops, into
+    `folder`/<worker>_<time>_ascend_pt, for MindStudio Insight.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        worker: str,
+        *,
+        level: str,
+        export_type: str,
+        data_simplification: bool,
+        with_cpu: bool,
+        with_stack: bool,
+        with_memory: bool,
+        record_shapes: bool,
+    ) -> None:
+        vendors = importlib.import_module("torch_npu.profiler")
+        self._is_kept = True
+        write = vendors.tensorboard_trace_handler(dir_name=str(folder), worker_name=worker)
+        kinds = vendors.ProfilerActivity
+        self._profile = vendors.profile(
+            activities=[kinds.NPU, kinds.CPU] if with_cpu else [kinds.NPU],
+            on_trace_ready=lambda recorded: write(recorded) if self._is_kept else None,
+            record_shapes=record_shapes,
+            profile_memory=with_memory,
+            with_stack=with_stack,
+            experimental_config=vendors._ExperimentalConfig(
+                profiler_level=getattr(vendors.ProfilerLevel, _LEVELS[level]),
+                aic_metrics=vendors.AiCMetrics.PipeUtilization,
+                export_type=getattr(vendors.ExportType, _EXPORT_TYPES[export_type]),
+                data_simplification=data_simplification,
+            ),
+        )
+
+    def start(self) -> None:
+        """Record from here on."""
+        self._profile.start()
+
+    def stop(self, *, is_kept: bool) -> None:
+        """Record no more; parse what there is, if it is kept, which may take minutes."""
+        self._is_kept = is_kept
+        self._profile.stop()

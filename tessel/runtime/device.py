@@ -9,6 +9,7 @@ import platform
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,11 +56,24 @@ def vendor_report() -> tuple[dict[str, str], list[str]] | None:
     return ascend.installed(), ascend.problems(plugin, str(torch.__version__))
 
 
-def compile_refusal(device: torch.device) -> str | None:
-    """Why torch.compile stays off on this device; None where it may be used."""
+def vendor_profiler(device: torch.device) -> tuple[type[ascend.Profiler] | None, str]:
+    """The vendor's own profiler, where torch's does not see the device; and what it is, or why there is none."""
     if device.type != "npu":
-        return None
-    return "--compile is off: torch.compile needs torchair on Ascend NPUs, which tessel does not drive"
+        return None, f"of torch_npu's profiler alone, and this is {device.type}"
+    return ascend.Profiler, "torch_npu's profiler; MindStudio Insight opens what it writes"
+
+
+def compile_backend(device: torch.device) -> tuple[Any, str | None]:
+    """What torch.compile is to use on this device; None, and the reason, where it stays off."""
+    if device.type != "npu":
+        return "inductor", None
+    try:
+        torchair = importlib.import_module("torchair")
+        backend = torchair.get_npu_backend(compiler_config=torchair.CompilerConfig())
+    except (ImportError, AttributeError, AssertionError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, f"torch.compile needs torchair on Ascend NPUs, and it cannot be used ({first})"
+    return backend, None
 
 
 def resolve(name: str, world: World | None = None) -> torch.device:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -66,6 +67,7 @@ class Profiler:
         self._device = device
         self._rank = world.rank
         self._profile: profile | None = None
+        self._vendors: Any = None
         self._recorded: list[int] = []
         self._started_s = 0.0
         self._is_wanted = section.profile and (
@@ -79,11 +81,16 @@ class Profiler:
         if self._is_past(done + 1):
             warn_once(f"--profile: the run goes on with iteration {done + 1}, and those to be recorded are done")
         self._folder = _folder(cfg)
+        self._vendor_profiler, why = devices.vendor_profiler(device)
+        if self._vendor_profiler is None and section.of_one_vendor:
+            warn_once(f"{' '.join(section.of_one_vendor)}: {why}; a Chrome trace and a table are written")
         if self._is_wanted:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise TesselError(f"--profile-save-path {self._folder}: {error.strerror}.") from error
+            if self._vendor_profiler is not None:
+                log(f"--profile: {why}, under {self._folder}")
 
     def __enter__(self) -> Profiler:
         return self
@@ -92,7 +99,7 @@ class Profiler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """A run that ends within the iterations to be recorded leaves what there is; one that fails, nothing."""
-        if self._profile is not None:
+        if self._is_recording:
             self._stop(is_kept=error is None)
 
     @contextmanager
@@ -101,7 +108,7 @@ class Profiler:
         if not self._is_wanted or number < self._section.first_step or self._is_past(number):
             yield
             return
-        if self._profile is None:
+        if not self._is_recording:
             self._start()
         with record_function(f"{_ITERATION}{number}"):
             yield
@@ -109,30 +116,53 @@ class Profiler:
         if self._is_past(number + 1):
             self._stop(is_kept=True)
 
+    @property
+    def _is_recording(self) -> bool:
+        return self._profile is not None or self._vendors is not None
+
     def _is_past(self, number: int) -> bool:
         end = self._section.profile_step_end
         return end != LAST_STEP and number >= end
 
     def _start(self) -> None:
         section = self._section
+        devices.synchronize(self._device)
+        if self._vendor_profiler is not None:
+            self._vendors = self._vendor_profiler(
+                self._folder,
+                f"rank-{self._rank}",
+                level=section.profile_level,
+                export_type=section.profile_export_type,
+                data_simplification=section.profile_data_simplification,
+                with_cpu=section.profile_with_cpu,
+                with_stack=section.profile_with_stack,
+                with_memory=section.profile_with_memory,
+                record_shapes=section.profile_record_shapes,
+            )
+            self._vendors.start()
+            return
         self._profile = profile(
             activities=_activities(section, self._device),
             record_shapes=section.profile_record_shapes,
             profile_memory=section.profile_with_memory,
             with_stack=section.profile_with_stack,
         )
-        devices.synchronize(self._device)
         self._profile.start()
         self._started_s = time.perf_counter()
 
     def _stop(self, *, is_kept: bool) -> None:
         recorded, self._profile = self._profile, None
-        assert recorded is not None
+        vendors, self._vendors = self._vendors, None
         devices.synchronize(self._device)
+        if recorded is None:
+            vendors.stop(is_kept=is_kept)
+            return
         seconds = time.perf_counter() - self._started_s
         recorded.stop()
-        if not is_kept or not self._recorded:
-            return
+        if is_kept and self._recorded:
+            self._write(recorded, seconds)
+
+    def _write(self, recorded: profile, seconds: float) -> None:
         first, last = self._recorded[0], self._recorded[-1]
         path = self._folder / f"rank-{self._rank}-iterations-{first}-{last}.json.gz"
         title = f"profile of rank {self._rank}, iterations {first} to {last}"

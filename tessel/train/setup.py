@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ from tessel.parallel.overlap import FusedProducts, enable_overlap
 from tessel.parallel.peers import Peers
 from tessel.parallel.pipeline import PipelineRunner
 from tessel.parallel.runner import Localize, PlainRunner, Runner, whole
-from tessel.runtime.device import compile_refusal
+from tessel.runtime.device import compile_backend
 from tessel.runtime.log import log, warn_once
 from tessel.runtime.process import mesh_of_one
 from tessel.train import foreign, frugal
@@ -99,7 +100,7 @@ def build_learner(
         stages,
         cfg.layout,
         lambda parts: _load_all(parts, tiles, model_config, source, cfg, device, adapting),
-        _compiles(cfg, device),
+        _compiler(cfg, device),
         _sharding(cfg, groups, dtype, device, stack),
         _hold(model_config, tiles, dtype),
         _products(cfg, groups, dtype, device),
@@ -150,7 +151,7 @@ def build_reference(
         stages,
         cfg.layout,
         lambda parts: load_weights(parts, tiles, plain, source, cfg, device),
-        _compiles(cfg, device),
+        _compiler(cfg, device),
         _sharding(cfg, groups, dtype, device, stack),
     )
     for part in parts:
@@ -158,20 +159,22 @@ def build_reference(
     return _runner(cfg, parts, stages, groups)
 
 
-def _compiles(cfg: RunConfig, device: torch.device) -> bool:
-    """Whether layers are compiled: where it is asked for, and the device can."""
-    refusal = compile_refusal(device) if cfg.kernels.compile else None
-    if refusal is not None:
-        warn_once(refusal)
-    return cfg.kernels.compile and refusal is None
+def _compiler(cfg: RunConfig, device: torch.device) -> Any:
+    """What compiles layers, where it is asked for and the device can; else None."""
+    if not cfg.kernels.compile:
+        return None
+    backend, reason = compile_backend(device)
+    if reason is not None:
+        warn_once(f"--compile is off: {reason}")
+    return backend
 
 
 def _products(cfg: RunConfig, groups: Groups | None, dtype: torch.dtype, device: torch.device) -> FusedProducts | None:
     """What multiplies and gathers or scatters at once, where `--tp-comm-overlap` asks for it and the device can."""
     if not cfg.layout.tp_comm_overlap:
         return None
-    group = None if groups is None else groups.tp
-    products, line = enable_overlap(device, group, cfg.layout.sequence_parallel, _compiles(cfg, device), dtype)
+    group, compiled = None if groups is None else groups.tp, _compiler(cfg, device) is not None
+    products, line = enable_overlap(device, group, cfg.layout.sequence_parallel, compiled, dtype)
     log(line)
     return products
 

@@ -100,10 +100,6 @@ def test_flags_without_effect_may_stand_in_a_file(tmp_path: Path):
             "--expert-model-parallel-size.",
         ),
         (["--lu_lora_lr", "8"], "--lu-lora-lr is not supported yet: LoRA; leave it out."),
-        (
-            ["--profile-export-type", "db"],
-            "--profile-export-type db is not supported yet: only text, which is what tessel does.",
-        ),
         (["--batch-size", "8"], "--batch-size is not a flag of tessel: use --micro-batch-size."),
         (
             ["--attention-mask-type", "general"],

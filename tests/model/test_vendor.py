@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -141,38 +137,3 @@ def _knows_npu() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-# Run where the package can be imported: the declarations, and what runtime/device.py asks of it.
-IN_THE_PACKAGE = """
-import torch, torch_npu
-from tessel.runtime import device as devices
-npu = torch.device("npu:0")
-for name in NAMES:
-    print(getattr(torch.ops.npu, name).default._schema)
-print(torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_adamw_", "PrivateUse1"))
-print(devices.distributed_backend(npu))
-print(devices.vendor_kernels_available(npu)[0], devices.compile_refusal(npu) is not None)
-module = torch.get_device_module(npu)
-print(all(hasattr(module, name) for name in ("get_rng_state", "set_rng_state", "get_device_name")))
-print(devices.peak_memory_bytes(npu), devices.resolve("auto"))
-"""
-
-
-@pytest.mark.oracle
-def test_the_package_has_what_is_used_of_it(repository: Path) -> None:
-    """With the real torch_npu, where it can be imported: TESSEL_TORCH_NPU is a folder with its `site` and `lib`."""
-    folder = os.environ.get("TESSEL_TORCH_NPU")
-    if folder is None:
-        pytest.skip("no torch_npu that can be imported here (set TESSEL_TORCH_NPU)")
-    recorded = vendor_operators.schemas()
-    environment: dict[str, str] = dict(
-        os.environ,
-        PYTHONPATH=f"{folder}/site:{repository}",
-        LD_LIBRARY_PATH=f"{folder}/lib",
-        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
-    )
-    code = IN_THE_PACKAGE.replace("NAMES", str(list(recorded)))
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("Warning")]
-    assert lines == [*recorded.values(), "True", "cpu:gloo,npu:hccl", "True True", "True", "0 cpu"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tessel.errors import TesselError
 from tessel.report import doctor
 from tessel.runtime import ascend
 from tessel.runtime import device as devices
+from tests.npu import stand_ins
 
 SOURCED = {"ASCEND_HOME_PATH": "x", "ATB_HOME_PATH": "x"}
 
@@ -107,9 +110,41 @@ def test_a_plugin_that_cannot_be_imported_is_an_error_with_a_remedy(monkeypatch:
     assert accelerator["device"] == "none" and "set_env.sh" in accelerator["description"]
 
 
-def test_compilation_is_off_where_it_has_no_back_end() -> None:
-    class Npu:
-        type = "npu"
+class Npu:
+    type = "npu"
 
-    assert devices.compile_refusal(torch.device("cpu")) is None
-    assert "--compile is off: " in str(devices.compile_refusal(Npu()))  # type: ignore[arg-type]
+
+def test_compilation_is_off_where_it_has_no_back_end() -> None:
+    assert devices.compile_backend(torch.device("cpu")) == ("inductor", None)
+    backend, reason = devices.compile_backend(Npu())  # type: ignore[arg-type]
+    assert backend is None
+    assert reason == ("torch.compile needs torchair on Ascend NPUs, and it cannot be used (No module named 'torchair')")
+
+
+def test_compilation_goes_through_torchair_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchair = types.ModuleType("torchair")
+    torchair.CompilerConfig = lambda: "as it is"  # type: ignore[attr-defined]
+    torchair.get_npu_backend = lambda *, compiler_config: ("backend", compiler_config)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchair", torchair)
+    assert devices.compile_backend(Npu()) == (("backend", "as it is"), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_the_profiler_is_set_by_mindspeeds_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_kept: bool
+) -> None:
+    made = stand_ins.install(monkeypatch).made
+    profiler, reason = devices.vendor_profiler(Npu())  # type: ignore[arg-type]
+    assert profiler is not None and reason.startswith("torch_npu's profiler")
+    recording = profiler(
+        tmp_path, "rank-3", level="level1", export_type="db", data_simplification=True, with_cpu=False,
+        with_stack=False, with_memory=True, record_shapes=True,
+    )  # fmt: skip
+    recording.start()
+    recording.stop(is_kept=is_kept)
+    (recorded,) = made
+    assert recorded.calls == ["start", "stop"]
+    assert recorded.activities == ["NPU"] and recorded.recorded == (True, True, False)
+    assert recorded.config is not None
+    assert recorded.config.given == ("Level1", "ACL_AICORE_PIPE_UTILIZATION", True, "db")
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-3_20260101_ascend_pt"] * is_kept

@@ -15,8 +15,11 @@ from tessel.cli import main
 from tessel.config.profiling import Profiling
 from tessel.config.run import RunConfig
 from tessel.errors import UsageError
+from tessel.runtime import ascend
+from tessel.runtime import device as devices
 from tessel.runtime.world import World
 from tessel.train.profiling import Operator, Profiler, table
+from tests.npu import stand_ins
 from tests.train.runs import flags, losses, write_data
 
 
@@ -106,6 +109,30 @@ def test_the_ranks_that_are_named_record(tmp_path: Path, ranks: tuple[int, ...],
 def test_a_rank_that_there_is_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=re.escape("--profile-ranks 4: the run's ranks are 0 to 3.")):
         record(tmp_path, 0, (4,))
+
+
+def test_a_vendors_profiler_records_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = stand_ins.install(monkeypatch).made
+    monkeypatch.setattr(devices, "vendor_profiler", lambda device: (ascend.Profiler, "torch_npu's profiler"))
+    assert record(tmp_path, 2, (2,)) == ["rank-2_20260101_ascend_pt"]
+    assert [recorded.calls for recorded in made] == [["start", "stop"]]
+    assert f"--profile: torch_npu's profiler, under {tmp_path}" in capsys.readouterr().out
+    with pytest.raises(ArithmeticError):
+        record(tmp_path, 3, (3,), fails=True)
+    assert made[1].calls == ["start", "stop"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_one_vendors_profiler_is_told_does_nothing_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = Profiling(profile=True, profile_level="level1", profile_export_type="db", profile_save_path=str(tmp_path))
+    Profiler(RunConfig(profiling=section), torch.device("cpu"), World(0, 1), done=0)
+    assert (
+        "--profile-level level1 --profile-export-type db: of torch_npu's profiler alone, and this is cpu; a Chrome "
+        "trace and a table are written"
+    ) in capsys.readouterr().err
 
 
 def test_a_step_that_fails_leaves_nothing_and_the_profiler_is_off(tmp_path: Path) -> None:
