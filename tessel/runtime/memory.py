@@ -1,14 +1,37 @@
-"""Host memory that this process holds."""
+"""Host memory that this process holds; and what to say when memory of any kind has run out."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tessel.errors import TesselError
+
 _SAMPLE_INTERVAL_S = 0.05
+# What torch and the vendors' runtimes write, each in exceptions of its own.
+_SHORTAGE = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
+
+
+@contextmanager
+def shortage_named(doing: str, remedy: str) -> Iterator[None]:
+    """Memory that runs out inside, on a device or the host, is an error that says when, how much, and what helps.
+
+    Raises:
+        TesselError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not _SHORTAGE.search(told):
+            raise
+        raise TesselError(f"Memory ran out {doing} ({told or 'no more is known'}). {remedy}") from error
 
 
 def resident_bytes() -> int:

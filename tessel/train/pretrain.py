@@ -23,6 +23,7 @@ from tessel.parallel.groups import Groups
 from tessel.runtime import device as devices
 from tessel.runtime import random as random_state
 from tessel.runtime.log import log, warn_once
+from tessel.runtime.memory import shortage_named
 from tessel.runtime.process import Processes, on_every_node, process_group
 from tessel.runtime.team import Team
 from tessel.runtime.world import World
@@ -44,6 +45,12 @@ from tessel.train.sinks import build_sinks
 from tessel.train.source import Kind, agreed, asked_model
 from tessel.train.step import TrainStep
 from tessel.train.trainer import Parts, Position, Trainer, metrics_path
+
+_SMALLER = (
+    "Less is needed with a smaller --micro-batch-size or --seq-length, --recompute-granularity, sharding "
+    "(--data-parallel-sharding-strategy optim_grads_params) or more --tensor-model-parallel-size; `tessel plan` lists "
+    "the layouts that fit."
+)
 
 
 def pretrain(
@@ -80,8 +87,9 @@ def pretrain(
         groups = groups_of(cfg, found.topology, found.model_config, device)
         splits = processes.together(lambda: build_splits(cfg, found, train_iters, processes))
         random_state.seed_all(cfg.precision.seed, found.topology.place(world.rank).pp)
-        run = _Run(cfg, found, splits, device, groups, processes, _teams(cfg, processes), stack, build)
-        run.train(batch_size, train_iters, started_s)
+        with shortage_named("in training", _SMALLER):
+            run = _Run(cfg, found, splits, device, groups, processes, _teams(cfg, processes), stack, build)
+            run.train(batch_size, train_iters, started_s)
 
 
 def _teams(cfg: RunConfig, processes: Processes) -> tuple[Team, Team]:
