@@ -1,7 +1,8 @@
 """More command lines of MindSpeed-LLM's preprocess_data.py: the same bytes from the same flags.
 
 mindspeed_cases.json holds what that tool wrote (commit c77308a1, the small tokenizer): one digest a case, over the
-names and the SHA-256 of its files, in the order of their names.
+names and the SHA-256 of its files, in the order of their names. Inputs are those of the reference files (in/) and
+those in mindspeed_inputs (own/).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def test_the_tools_own_bytes(
 ) -> None:
     folder = shared / "oracle/preprocess"
     (tmp_path / "in").symlink_to(folder / "in")
+    (tmp_path / "own").symlink_to(Path(__file__).with_name("mindspeed_inputs"))
     monkeypatch.chdir(tmp_path)
     tokenizer = ["--tokenizer-name-or-path", str(folder / "small_tokenizer")]
     commands.preprocess(["--compatible", "mindspeed", *case["flags"], *tokenizer, "--output-prefix", "out/x"])

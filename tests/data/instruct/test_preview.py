@@ -99,7 +99,7 @@ def test_the_list_of_templates(capsys: pytest.CaptureFixture[str]) -> None:
     commands.templates([])
     out = capsys.readouterr().out
     assert "qwen             compared with MindSpeed-LLM's output\n" in out
-    assert "gemma            as in LLaMA-Factory; not compared\n" in out
+    assert "chatglm3         as in LLaMA-Factory; not compared\n" in out
 
 
 def test_show_gives_a_file_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
