@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-layouts test-oracle test-slow test-guides test-wheel test-npu-schemas test-gpu lint format bench install clean
+.PHONY: demo test test-layouts test-oracle test-slow test-guides test-wheel test-npu-schemas test-gpu test-mindspore lint format bench install clean
 
 install: $(STAMP)
 
@@ -49,6 +49,20 @@ test-npu-schemas: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+# MindSpore is 2.7 GB and wants a NumPy before 2: an environment of its own, made when this is asked for.
+MINDSPORE      ?= 2.8.0
+MINDSPORE_VENV ?= .venv-mindspore
+
+test-mindspore: $(MINDSPORE_VENV)/.installed
+	OMP_NUM_THREADS=1 $(MINDSPORE_VENV)/bin/python -m pytest tests/mindspore -m 'oracle or not oracle' $(ARGS)
+
+$(MINDSPORE_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(MINDSPORE_VENV)/bin/python || $(PYTHON) -m venv $(MINDSPORE_VENV)
+	grep -v '^numpy==' constraints.txt > $(MINDSPORE_VENV)/constraints.txt
+	$(MINDSPORE_VENV)/bin/python -m pip install --quiet --constraint $(MINDSPORE_VENV)/constraints.txt \
+		--editable '.[mindspore]' 'mindspore==$(MINDSPORE)' pytest pytest-timeout pytest-xdist
+	touch $(MINDSPORE_VENV)/.installed
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -62,4 +76,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/train_speed.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(MINDSPORE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
