@@ -15,6 +15,7 @@ set -euo pipefail
 : "${NNODES:=1}"
 : "${NODE_RANK:=0}"
 : "${NPUS_PER_NODE:=${GPUS_PER_NODE:-8}}"
+: "${ASCEND_ROOT:=/usr/local/Ascend}"
 
 say() { echo "drop-in: $*" >&2; }
 
@@ -25,11 +26,11 @@ device_environment() {
         if [ -f "$first" ]; then found=yes && set +u && source "$first" && set -u
         elif [ -f "$second" ]; then found=yes && set +u && source "$second" && set -u
         fi
-    done <<'PLACES'
-/usr/local/Ascend/cann/set_env.sh /usr/local/Ascend/ascend-toolkit/set_env.sh
-/usr/local/Ascend/nnal/atb/set_env.sh /usr/local/Ascend/nnal/atb/set_env.sh
+    done <<PLACES
+$ASCEND_ROOT/cann/set_env.sh $ASCEND_ROOT/ascend-toolkit/set_env.sh
+$ASCEND_ROOT/nnal/atb/set_env.sh $ASCEND_ROOT/nnal/atb/set_env.sh
 PLACES
-    [ "$found" = yes ] || say "no set_env.sh under /usr/local/Ascend: this is no Ascend machine, or CANN is elsewhere"
+    [ "$found" = yes ] || say "no set_env.sh under $ASCEND_ROOT: this is no Ascend machine, or CANN is elsewhere (ASCEND_ROOT)"
 }
 
 case "$MASTER_ADDR" in

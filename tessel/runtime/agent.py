@@ -63,13 +63,17 @@ def run(arguments: Sequence[str], nodes: Nodes, environment: Mapping[str, str]) 
     128 and the signal that killed it. SIGTERM and SIGINT are passed on to the processes, which stop in good order.
 
     Raises:
-        TesselError: the machines did not meet.
+        TesselError: the machines, or the processes of one, did not meet.
     """
     if nodes.most > 1 and not nodes.is_static:
         # Each start then has a store of its own, in rank 0; the agent's would keep the keys of the start before.
         environment = {**environment, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with tempfile.TemporaryDirectory(prefix="tessel_") as folder, _surroundings(environment):
-        agent = _Agent(_spec(arguments, nodes), DefaultLogsSpecs(log_dir=folder), folder=Path(folder))
+        try:
+            spec = _spec(arguments, nodes)
+        except RendezvousError as error:
+            raise TesselError(_not_met(nodes, error.__cause__ or error)) from error
+        agent = _Agent(spec, DefaultLogsSpecs(log_dir=folder), folder=Path(folder))
         with agent.signals_passed_on():
             try:
                 result = agent.run()
@@ -80,11 +84,14 @@ def run(arguments: Sequence[str], nodes: Nodes, environment: Mapping[str, str]) 
             return agent.status_of(result)
 
 
-def _not_met(nodes: Nodes, error: Exception) -> str:
+def _not_met(nodes: Nodes, error: BaseException) -> str:
     where = f"{nodes.master_addr}:{nodes.master_port}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if nodes.most == 1:
-        return f"The processes cannot meet at {where} ({reason}). Leave --master-addr and --master-port out."
+        return (
+            f"The processes cannot meet at {where} ({reason}). If something else listens there, perhaps a run that was "
+            "left behind, end it, or give another --master-port; without --master-port a free one is taken."
+        )
     return (
         f"The {nodes.most} machines did not meet at {where} ({reason}). Start the same command on each, with the "
         "--master-addr and --master-port of machine 0, which must be reachable and free, and a --node-rank of its own."
