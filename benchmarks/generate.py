@@ -95,7 +95,7 @@ def tessel_side(folder: str, device: str, dtype: str) -> Callable[[Work], list[l
 
     from tessel.generate.batcher import Batcher
     from tessel.generate.engine import load_model
-    from tessel.generate.packed import lay_by_columns, pack_weights
+    from tessel.generate.packed import suit_many_texts, suit_one_text
     from tessel.generate.request import Request
 
     model, _ = load_model(folder, device, getattr(torch, dtype))
@@ -105,7 +105,7 @@ def tessel_side(folder: str, device: str, dtype: str) -> Callable[[Work], list[l
             return ""
 
     def generate(work: Work) -> list[list[int]]:
-        (lay_by_columns if len(work.prompts) == 1 else pack_weights)(model)  # the first time
+        (suit_one_text if len(work.prompts) == 1 else suit_many_texts)(model)  # the first time
         batcher = Batcher(model, NoText(), device=device)
         found: dict[int, list[int]] = {}
         for ids, number in sorted(zip(work.prompts, work.new_tokens, strict=True), key=lambda one: -one[1]):

@@ -100,11 +100,11 @@ def offline(folder: str, num_running: int) -> None:
     from tessel.data.tokenizer import HuggingFaceTokenizer
     from tessel.generate.batcher import Batcher
     from tessel.generate.engine import load_model
-    from tessel.generate.packed import pack_weights
+    from tessel.generate.packed import suit_many_texts
     from tessel.generate.request import Request
 
     (model, _), tokenizer = load_model(folder), HuggingFaceTokenizer(Path(folder))
-    pack_weights(model)  # as the server's model has them
+    suit_many_texts(model)  # as the server's model has them
     requests = [Request(tuple(body["prompt"]), max_new_tokens=body["max_tokens"]) for body in texts()]
 
     def run(seconds: float) -> tuple[dict[str, float], list[str]]:

@@ -27,7 +27,7 @@ from tessel.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from tessel.errors import TesselError, UsageError
 from tessel.generate.batcher import Model
 from tessel.generate.engine import ModelSource, find_model, load_model, stop_ids, suit_few_rows
-from tessel.generate.packed import lay_by_columns, pack_weights
+from tessel.generate.packed import suit_many_texts, suit_one_text
 from tessel.generate.parts import PartModel
 from tessel.layout.adapters import groups_of, is_adapter
 from tessel.layout.asked import stages_asked
@@ -109,7 +109,7 @@ def open_for_use(
         kernels = choose(device, dtype, head_dim=found.config.head_dim)
         model = processes.together(lambda: _load(found, loading, device, dtype, kernels))
         assert isinstance(model, torch.nn.Module)
-        (pack_weights if together else lay_by_columns)(model)
+        (suit_many_texts if together else suit_one_text)(model)
         ends = stop_ids(found.source.folder, found.config)
         if not ends and found.tokenizer.eod is not None:
             ends = frozenset({found.tokenizer.eod})

@@ -20,7 +20,7 @@ from tessel.generate.batcher import Batcher
 from tessel.generate.cache import KeyValueCache
 from tessel.generate.engine import generate_tokens, load_model, suit_few_rows
 from tessel.generate.load import open_for_use
-from tessel.generate.packed import PackedLinear, lay_by_columns, pack_weights
+from tessel.generate.packed import PackedLinear, suit_many_texts, suit_one_text
 from tessel.generate.request import Request
 from tessel.generate.sampling import GREEDY, Sampling
 from tessel.model.layers import Linear
@@ -61,9 +61,9 @@ def test_weights_in_blocks_give_the_same_tokens(family: str, tiny_hf_folder: Mak
     folder = tiny_hf_folder(family)
     plain, _ = load_model(folder)
     packed, _ = load_model(folder)
-    pack_weights(packed)
+    suit_many_texts(packed)
     by_columns, _ = load_model(folder)
-    lay_by_columns(by_columns)
+    suit_one_text(by_columns)
     assert is_by_columns(by_columns.layers["0"].self_attn.q_proj.weight) == (family == "qwen3"), "where it is tall"
     assert {name for name, linear in linears(packed).items() if type(linear) is Linear} == {"lm_head"}
     for name, linear in linears(plain).items():
@@ -80,14 +80,30 @@ def test_weights_in_blocks_give_the_same_tokens(family: str, tiny_hf_folder: Mak
     torch.testing.assert_close(whole[0], whole[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 on this CPU (AVX-512 or AMX)"
+)
+def test_blocks_in_bf16_give_the_same_logits(tiny_hf_folder: MakeFolder) -> None:
+    folder = tiny_hf_folder("qwen2")
+    plain, packed = (load_model(folder, dtype=torch.bfloat16)[0] for _ in range(2))
+    suit_one_text(packed)
+    assert {name for name, linear in linears(packed).items() if type(linear) is Linear} == {"lm_head"}
+    for name, linear in linears(plain).items():
+        assert torch.equal(linears(packed)[name].dense_weight(), linear.weight), name
+    for number in (1, 5, 40):
+        tokens = torch.arange(number)[None]
+        torch.testing.assert_close(packed(tokens), plain(tokens), rtol=0, atol=0.02)
+
+
 def test_what_is_used_on_this_cpu_is_in_blocks(tiny_hf_folder: MakeFolder) -> None:
     folder = str(tiny_hf_folder("qwen3"))
     tokenizer = Tokenizer(tokenizer_type="NullTokenizer")
-    for bf16, together in ((False, True), (False, False), (True, True)):
+    for bf16, together in ((False, True), (False, False), (True, True), (True, False)):
         with open_for_use(Loading(load=folder, device="cpu", bf16=bf16), tokenizer, together=together) as opened:
             assert isinstance(opened.model, torch.nn.Module)
             kinds = {type(linear) for name, linear in linears(opened.model).items() if name != "lm_head"}
-            assert kinds == {PackedLinear if together and not bf16 else Linear}
+            in_blocks = torch.ops.mkldnn._is_mkldnn_bf16_supported() if bf16 else together
+            assert kinds == {PackedLinear if in_blocks else Linear}
 
 
 class RowsOfProducts(TorchDispatchMode):
