@@ -34,6 +34,7 @@ from tessel.runtime.stream import Stream
 
 # Modules whose classes are only ever stood in for: what they would do is not known here, and not done.
 _FOREIGN_MODULES = ("megatron.", "mindspeed.", "mindspeed_llm.", "modellink.", "transformer_engine.")
+_MINDSPORE = ("mindspore", "msadapter", "mindtorch")
 STORAGE_KINDS = {
     torch.float64: "DoubleStorage",
     torch.float32: "FloatStorage",
@@ -169,6 +170,11 @@ def _load_weights_only(path: Path) -> Any:
 
 
 def _unwanted(path: Path, name: str) -> TesselError:
+    if name.partition(".")[0] in _MINDSPORE:
+        return TesselError(
+            f"{path} holds tensors of MindSpore ({name}), as MindSpeed-LLM's MindSpore edition writes them. Write them "
+            "as torch's where MindSpore is installed: docs/MINDSPORE.md, 'Checkpoints of the original suite'."
+        )
     return TesselError(
         f"{path} asks for {name}, which is not on the list of what a checkpoint may hold; nothing of it was run. "
         "Take the file from a source you trust."

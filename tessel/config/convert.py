@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tessel.config.field import REQUIRED, option
-from tessel.config.megatron import Accepted, ForeignFlags
+from tessel.config.megatron import SAME_FILES, Accepted, ForeignFlags
 from tessel.errors import UsageError
 
 FORMATS = ("hf", "torch", "torch_dist", "torch_dcp", "legacy")
@@ -23,6 +23,7 @@ CONVERSION = ForeignFlags(
             flag: Accepted(1, _DETECTED)
             for flag in ("--model-type", "--model-type-hf", "--load-model-type", "--loader", "--model-name")
         },
+        "--ai-framework": Accepted(1, SAME_FILES),
         "--save-model-type": Accepted(1, "--to says what to write"),
         "--saver": Accepted(1, "--to says what to write"),
         "--spec": Accepted(2, _DETECTED),

@@ -83,8 +83,12 @@ def _later(what: str, flags: str) -> dict[str, str]:
     return dict.fromkeys(flags.split(), what)
 
 
+SAME_FILES = "PyTorch does it, and files are the same for every framework"
+
 ACCEPTED: dict[str, Accepted] = {
-    **_accepted("there is one model implementation", "--use-mcore-models --transformer-impl=1 --spec=*"),
+    **_accepted("there is one model implementation", (
+        "--use-mcore-models --use-legacy-models --transformer-impl=1 --spec=*"
+    )),
     **_accepted("the best kernels that the device has are always taken, and the log names them", (
         "--use-flash-attn --use-fused-rmsnorm --use-fused-swiglu --use-fused-rotary-pos-emb --use-fused-mlp "
         "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
@@ -117,6 +121,7 @@ ACCEPTED: dict[str, Accepted] = {
         "--use-nccl-ub --create-all-gather-group --high-priority-stream-groups=* "
         "--enable-recompute-layers-per-pp-rank "
         "--kv-head-repeat-before-uly-alltoall --use-fused-ring-attention-update --cp-window-size=1 "
+        "--async-log-allreduce "
         "--use-gloo-process-groups --torch-fsdp2-no-reshard-after-forward --init-model-with-meta-device"
     )),
     **_accepted("--use-ascend-coc takes the device's own overlap, which has no such setting", (
@@ -124,7 +129,8 @@ ACCEPTED: dict[str, Accepted] = {
     )),
     **_accepted("experts are always computed in one grouped product where the device has one", (
         "--moe-grouped-gemm --moe-use-legacy-grouped-gemm --gemm-gradient-accumulation-fusion "
-        "--moe-permute-fusion --use-fused-moe-token-permute-and-unpermute --moe-router-fusion"
+        "--moe-permute-fusion --use-fused-moe-token-permute-and-unpermute --moe-router-fusion "
+        "--enable-token-rearrange-opt"
     )),
     **_accepted("tokens always travel to their experts by all-to-all", (
         "--moe-permutation-async-comm --moe-alltoall-overlap-comm --moe-fb-overlap --moe-shared-expert-overlap "
@@ -132,7 +138,8 @@ ACCEPTED: dict[str, Accepted] = {
     )),
     **_accepted("data is memory-mapped and indexed in one pass", (
         "--no-mmap-bin-files --dataloader-fast-cache-load "
-        "--dataloader-defer-npy-index-mmap --dataset-impl=1 --per-dataset-sequences-path=1"
+        "--dataloader-defer-npy-index-mmap --dataset-impl=1 --per-dataset-sequences-path=1 --enable-share-memory "
+        "--streaming --cache-dir=1 --overwrite-cache"
     )),
     **_accepted("timers cost nothing to speak of and are always on", (
         "--timing-log-level=1 --timing-log-option=1 --no-barrier-with-level-1-timing --train-sync-interval=1"
@@ -145,7 +152,7 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("tessel's checkpoints have one format and check every tensor", (
         "--ckpt-fully-parallel-save --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load "
         "--ckpt-assume-constant-structure --dist-ckpt-strictness=1 --use-persistent-ckpt-worker "
-        "--use-mp-args-from-checkpoint-args --ckpt-drop-redundant-extra-state"
+        "--use-mp-args-from-checkpoint-args --ckpt-drop-redundant-extra-state --verify-integrity"
     )),
     **_accepted("--load takes any format, and hf/ is always written at the end", (
         "--enable-hf2mg-convert --enable-mg2hf-convert"
@@ -156,13 +163,14 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("one parameter's state after the other", "--swap-optimizer-times=1"),
     **{flag: row for reason, flags in SUITES_ACCEPTED.items() for flag, row in _accepted(reason, flags).items()},
     **_accepted("--profile is torch's own profiler, and records every operator and kernel", "--use-pytorch-profiler"),
-    "--ai-framework": Accepted(1, "tessel runs on PyTorch", only=("pytorch",)),
+    "--ai-framework": Accepted(1, SAME_FILES),  # of the verbs that do not train
     "--sparse-mode": Accepted(1, "always causal", only=("0", "2")),
     "--cp-attention-mask-type": Accepted(1, "masks follow from the documents"),
     "--main-grads-dtype": Accepted(1, "always so", only=("fp32",)),
     "--main-params-dtype": Accepted(1, "always so", only=("fp32",)),
     "--attention-mask-type": Accepted(1, "always so", only=("causal",)),
     "--moe-zero-memory": Accepted(1, "use --recompute-granularity", only=("disable",)),
+    "--rope-type": Accepted(1, "always so; config.json says what is YaRN", only=("rope",)),
     "--encoder-tensor-model-parallel-size": Accepted(1, "there is no encoder", only=("0", "1")),
     "--encoder-pipeline-model-parallel-size": Accepted(1, "there is no encoder", only=("0",)),
     "--partitions": Accepted(1, "files are read in one go", only=("1",)),
@@ -207,12 +215,6 @@ LATER: dict[str, str] = {
         "--microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-layout "
         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --schedules-method"
     )),
-    **_later("context parallelism", (
-        "--hierarchical-context-parallel-sizes"
-    )),
-    **_later("two-dimensional tensor parallelism", (
-        "--tp-2d --tp-x --tp-y"
-    )),
     **_later("this part of a mixture of experts", (
         "--moe-router-num-groups --moe-router-group-topk --moe-input-jitter-eps --moe-use-upcycling "
         "--moe-latent-size --moe-per-layer-logging --moe-router-force-load-balancing"
@@ -223,7 +225,7 @@ LATER: dict[str, str] = {
         "--recompute-in-advance --cpu-offloading-weights --optimizer-cuda-graph"
     )),
     **_later("precisions beyond --bf16, --fp16 and --fp32", (
-        "--o2-optimizer --o2-gradient --quant-grads --fp16-lm-cross-entropy "
+        "--quant-grads --fp16-lm-cross-entropy "
         "--fp32-residual-connection --disable-bf16-reduced-precision-matmul --first-last-layers-bf16 "
         "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
     )),
@@ -236,7 +238,7 @@ LATER: dict[str, str] = {
         "--workload-inspector-server-port --adlr-autoresume --adlr-autoresume-interval --s3-cache-path "
         "--object-storage-cache-path --eval-global-batch-size --eval-micro-batch-size --start-eval-at-iter "
         "--record-memory-history --freeze-all-layers --no-weight-decay-cond-type "
-        "--verify-integrity --gpu-sniff-test-interval --throughput-window-size --override-ckpt-iteration "
+        "--gpu-sniff-test-interval --throughput-window-size --override-ckpt-iteration "
         "--load-main-params-from-ckpt --memory-snapshot-path"
     )),
     "--phase-transition-iterations": (
@@ -248,21 +250,18 @@ LATER: dict[str, str] = {
         "--replication-jump --replication-factor"
     )),
     **_later("fine-tuning on dialogues as Megatron-LM reads them (--is-instruction-dataset is there)", (
-        "--sft --sft-tokenizer-prompt-format --history-turns"
+        "--sft --sft-tokenizer-prompt-format"
     )),
-    **_later("preprocessing beyond plain .jsonl and .txt", (
-        "--overwrite-cache --n-subs --cache-dir --merge-group-keys --streaming --mix-strategy "
-        "--split-sentences --keep-newlines --lang"
-    )),
+    "--mix-strategy": "a registry of data sets (mix by weights in --data-path)",
     **_later("a server of Megatron's", "--inference-batch-times-seqlen-threshold --max-tokens-to-oom"),
     **_later("models other than Qwen, Llama, Mistral and Mixtral as config.json describes them", (
-        "--use-legacy-models --multi-latent-attention --mtp-num-layers --mtp-loss-scaling-factor "
+        "--multi-latent-attention --mtp-num-layers --mtp-loss-scaling-factor "
         "--apply-layernorm-1p --openai-gelu --squared-relu --quick-geglu --rotary-interleaved --mrope-section "
         "--onnx-safe --apply-residual-connection-post-layernorm --relative-attention-num-buckets "
         "--relative-attention-max-distance --bert-no-binary-head --decoder-num-layers --decoder-seq-length "
-        "--vocab-extra-ids --window-size --window-attn-skip-freq --no-rope-freq --rope-type --is-hybrid-model "
+        "--vocab-extra-ids --window-attn-skip-freq --no-rope-freq --is-hybrid-model "
         "--kv-lora-rank --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim "
-        "--rotary-scaling-factor --cache-mla-latents --linear-attention-freq --no-pad-vocab-size "
+        "--rotary-scaling-factor --cache-mla-latents --linear-attention-freq "
         "--apply-wd-to-qk-layernorm --add-position-embedding --max-tokens-per-batch"
     )),
 }  # fmt: skip
@@ -270,7 +269,7 @@ LATER: dict[str, str] = {
 LATER_FAMILIES: tuple[tuple[str, str], ...] = (
     ("--moe-", "this part of a mixture of experts"),
     ("--lora-", "this part of LoRA"),
-    ("--lu-lora-", "LoRA"),
+    ("--lu-lora-", "LU-LoRA (--lora-r, --use-rslora and --use-dora are there)"),
     ("--fp8-", "fp8 training (use --bf16)"),
     ("--fp4-", "fp4 training (use --bf16)"),
     (
@@ -279,7 +278,10 @@ LATER_FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     ("--use-nsys-profiler", "profiling by another program (--profile is there)"),
     ("--pytorch-profiler-", "this part of profiling (--profile-with-stack and --profile-record-shapes are there)"),
-    ("--dpo-", "preference optimisation"),
+    (
+        "--dpo-",
+        "this part of preference optimisation (--dpo-loss-type, --dpo-beta and --dpo-label-smoothing are there)",
+    ),
     ("--rl-", "reinforcement learning"),
     ("--grpo-", "reinforcement learning"),
     ("--lion-", "the Lion optimizer (--optimizer adam or sgd)"),
@@ -299,7 +301,7 @@ LATER_FAMILIES: tuple[tuple[str, str], ...] = (
     ("--megatron-fsdp-", "a setting of Megatron's data parallelism"),
     ("--gtp-", "a setting of Megatron's data parallelism"),
     ("--flight-recorder-", "a record of collectives"),
-    ("--distributed-timeout-", "a run of several processes"),
+    ("--distributed-timeout-", "this limit of time (--distributed-timeout-minutes is there)"),
     ("--tokenizer-", "this setting of a tokenizer"),
     ("--exit-signal-", "signals other than SIGTERM and SIGINT"),
     ("--save-", "this kind of dump"),
@@ -311,13 +313,13 @@ LATER_FAMILIES: tuple[tuple[str, str], ...] = (
     ("--fim-", "fill-in-the-middle data"),
     ("--mamba-", "state-space models"),
     ("--hybrid-", "state-space models"),
-    ("--inprocess-", "restarts inside a process"),
-    ("--calc-ft-timeouts", "restarts by a fault-tolerance service"),
-    ("--ft-", "restarts by a fault-tolerance service"),
-    ("--non-persistent-", "temporary checkpoints"),
+    ("--inprocess-", "restarts inside a process (--max-restarts starts all processes again)"),
+    ("--calc-ft-timeouts", "restarts by a fault-tolerance service (--max-restarts is there)"),
+    ("--ft-", "restarts by a fault-tolerance service (--max-restarts is there)"),
+    ("--non-persistent-", "temporary checkpoints (--save-interval with --keep-last-k is there)"),
     ("--cuda-graph", "CUDA graphs"),
     ("--external-cuda-graph", "CUDA graphs"),
-    ("--inference-", "Megatron's inference server"),
+    ("--inference-", "Megatron's inference server (tessel serve is there)"),
     ("--heterogeneous-layers-config-", "layers of unequal shape"),
     ("--kitchen-", "quantisation recipes"),
     ("--logits-", "distillation"),

@@ -59,7 +59,8 @@ def test_kinds() -> None:
     assert judge("pretrain", "--npu_deterministic").text == "--deterministic-mode"
     assert judge("pretrain", "--layernorm-epsilon").text == "--norm-epsilon"
     assert judge("pretrain", "--use-mcore-models").text == "there is one model implementation"
-    assert judge("pretrain", "--ai-framework", ["mindspore"]).kind is Kind.REFUSED
+    assert judge("pretrain", "--ai-framework", ["mindspore"]).kind is Kind.SUPPORTED
+    assert judge("convert", "--ai-framework", ["mindspore"]).kind is Kind.MEANINGLESS
     assert judge("pretrain", "--fp8-format").text == "not supported yet: fp8 training (use --bf16)"
     assert judge("pretrain", "--enable-high-availability").kind is Kind.REFUSED
     assert judge("convert", "--num-layers").kind is Kind.MEANINGLESS
