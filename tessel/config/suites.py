@@ -38,11 +38,20 @@ _LATER_BY_MATTER: dict[str, str] = {
         "--adaptive-cp-dynamic-attn-mask --adaptive-cp-manually-set-mask-list --adaptive-cp-only-reschedule "
         "--adaptive-cp-without-coarse"
     ),
-    "two-dimensional tensor parallelism": "--use-nd-matmul --nd1-dim1-size --nd2-dim1-size",
-    "this way of dealing out layers (--num-layer-list is there)": (
-        "--dualpipev-dw-detach --seq1f1b-balance-method --seq1f1b-splits"
+    "two-dimensional tensor parallelism (--tensor-model-parallel-size with --sequence-parallel is there)": (
+        "--tp-2d --tp-x --tp-y --use-nd-matmul --nd1-dim1-size --nd2-dim1-size --enable-overlap-ag-with-matmul "
+        "--enable-backward-overlap-ag-with-matmul --enable-overlap-matmul-with-rs"
     ),
-    "redundant copies of the optimizer's state": "--distributed-optimizer-no-replica",
+    "this way of dealing out layers (--num-layer-list is there)": (
+        "--dualpipev-dw-detach --seq1f1b-balance-method --seq1f1b-splits --enable-seq1f1b"
+    ),
+    (
+        "MindIO's service (a run saves before it stops on SIGTERM, --max-restarts starts its processes again, and "
+        "--nnodes MIN:MAX goes on with fewer machines)"
+    ): (
+        "--enable-high-availability --enable-hbmfault-repair --enable-worker-reboot --enable-elastic-training "
+        "--distributed-optimizer-no-replica --enable-ft-package"
+    ),
     "images and video": (
         "--allow-missing-vision-projection-checkpoint --cvcuda-image-processing --dataset-config "
         "--disable-vision-class-token --freeze-clip-vision-tower --freeze-llm --freeze-vit --freeze-lm --ftfy "
@@ -67,13 +76,13 @@ _LATER_BY_MATTER: dict[str, str] = {
         "--keep-fp8-transpose-cache --keep-fp8-transpose-cache-when-using-custom-fsdp --no-fp8-wgrad "
         "--reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file"
     ),
-    "CUDA graphs": "--decode-only-cuda-graphs",
+    "CUDA graphs": "--decode-only-cuda-graphs --enable-cuda-graph",
     "a place for the data loader's state": "--dataloader-save",
     "the ids of documents beside samples": "--return-document-ids",
     "lengths that change from batch to batch (--no-pad-to-seq-lengths is there)": "--adaptive-seq-len",
     "a learning rate of the head alone (--decoupled-lr is there)": "--head-lr-mult",
     "Megatron's own generation inside training (tessel generate is there)": (
-        "--flash-decode --use-legacy-static-engine --use-same-sampling-seed-across-dp-ranks"
+        "--flash-decode --enable-chunked-prefill --use-legacy-static-engine --use-same-sampling-seed-across-dp-ranks"
     ),
 }
 
@@ -81,6 +90,16 @@ SUITES_LATER: dict[str, str] = {flag: what for what, flags in _LATER_BY_MATTER.i
 """Refused: flag -> what tessel lacks."""
 
 SUITES_INSTEAD: dict[str, str] = {
+    "--o2-optimizer": "use --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+    "--o2-gradient": "use --grad-reduce-in-bf16; gradients are accumulated in fp32",
+    "--hierarchical-context-parallel-sizes": "use --ulysses-degree-in-cp with --cp-comm-type a2a+p2p",
+    "--history-turns": "it is one of tessel chat",
+    "--window-size": "config.json says it",
+    **dict.fromkeys(
+        ("--n-subs", "--merge-group-keys", "--split-sentences", "--keep-newlines", "--lang"),
+        "it is one of tessel preprocess",
+    ),
+    "--enable-shared-expert": "use --moe-shared-expert-intermediate-size",
     "--n-shared-experts": "use --moe-shared-expert-intermediate-size",
     "--num-shared-experts": "use --moe-shared-expert-intermediate-size",
     "--shared-moe-ffn-hidden-size": "use --moe-shared-expert-intermediate-size",
@@ -118,7 +137,7 @@ SUITES_ACCEPTED: dict[str, str] = {
     "it changes how fast adapters are, not what they compute": "--lora-fusion",
     "weights are held in fp32": "--rmsnorm-weight-in-fp32",
     "there is one model implementation": "--use-te",
-    "config.json says how many rows there are": "--extra-vocab-size=1",
+    "config.json says how many rows there are": "--extra-vocab-size=1 --no-pad-vocab-size",
     "the tokenizer's folder says what it is": "--patch-tokenizer-type=1",
     "raw data is tokenized by itself, each text with an end": "--workers=1 --append-eod",
     "hf/ is written once, at the end, without --save-hf-interval": "--only-convert-last-checkpoint",

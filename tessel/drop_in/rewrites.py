@@ -54,6 +54,10 @@ _TRAINING: dict[str, Rewrite] = {
     "--o2-optimizer": _same_as(
         "--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"
     ),
+    "--o2-gradient": _same_as("--grad-reduce-in-bf16"),
+    "--hierarchical-context-parallel-sizes": Rewrite(
+        "--ulysses-degree-in-cp with the first of them", lambda sizes: ("--ulysses-degree-in-cp", *sizes[:1])
+    ),
     "--quant-states": _same_as(
         "--use-precision-aware-optimizer", "--exp-avg-dtype", "8bit", "--exp-avg-sq-dtype", "8bit"
     ),

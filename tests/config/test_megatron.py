@@ -99,7 +99,10 @@ def test_flags_without_effect_may_stand_in_a_file(tmp_path: Path):
             "--moe-tp-extend-ep is not a flag of tessel: use --expert-tensor-parallel-size 1 and a larger "
             "--expert-model-parallel-size.",
         ),
-        (["--lu_lora_lr", "8"], "--lu-lora-lr is not supported yet: LoRA; leave it out."),
+        (
+            ["--lu_lora_lr", "8"],
+            "--lu-lora-lr is not supported yet: LU-LoRA (--lora-r, --use-rslora and --use-dora are there); leave it out.",
+        ),
         (["--batch-size", "8"], "--batch-size is not a flag of tessel: use --micro-batch-size."),
         (
             ["--attention-mask-type", "general"],

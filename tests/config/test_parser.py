@@ -146,7 +146,11 @@ def test_the_command_line_wins_over_the_file(write_config):
         ("load: 5\n", "load in {} is 5: it must be text."),
         ("rampup_batch_size: [4, 2]\n", "rampup_batch_size in {} is '4 2': it must be 3 whole numbers."),
         ("- lr\n", "--config {} holds a list: it must be a mapping of names to values."),
-        ("lu_lora_lr: 4\n", "lu_lora_lr in {}: --lu-lora-lr is not supported yet: LoRA; leave it out."),
+        (
+            "lu_lora_lr: 4\n",
+            "lu_lora_lr in {}: --lu-lora-lr is not supported yet: LU-LoRA (--lora-r, --use-rslora and --use-dora are "
+            "there); leave it out.",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused(write_config, text, message):

@@ -103,7 +103,7 @@ def test_what_stands_in_place_of_a_program() -> None:
     assert "--load your model ckpt path" in line and "--data-path ./data/alpaca_text_document" in line
     said = "\n".join(found.remarks)
     assert "meaningless: --use-mcore-models (there is one model implementation)" in said
-    assert "refused: --enable-high-availability (not supported yet: this part of MindSpeed or Megatron)" in said
+    assert "refused: --enable-high-availability (not supported yet: MindIO's service (a run saves before" in said
 
 
 def test_it_is_printed_as_command_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,6 +208,19 @@ def test_preprocessing_says_that_documents_have_no_end() -> None:
     assert one("pai", "build_idxmap_sft_dataset.py", "--input a")[1].value("--compatible") == "pai-sft"
 
 
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("--o2-gradient --lr 1", "--grad-reduce-in-bf16 --lr 1"),
+        ("--hierarchical-context-parallel-sizes 2 4 --lr 1", "--ulysses-degree-in-cp 2 --lr 1"),
+        ("--attention-mask-type causal --jit-compile --batch-size 4", "--micro-batch-size 4"),
+        ("--rotary-seq-len-interpolation-factor 1 --lr 1", "--lr 1"),
+    ],
+)
+def test_flags_that_mean_one_of_tessels(line: str, wanted: str) -> None:
+    assert " ".join(one("mindspeed", "pretrain_gpt.py", line)[1].argv) == wanted
+
+
 def test_tidy_keeps_what_acts() -> None:
     line = "--lr 1 --use-mcore-models --spec a b --fp8-format hybrid --no-such-flag 3 --layernorm-epsilon 1e-6"
     (command,) = translate("mindspeed", "pretrain_gpt.py", line.split()).commands
