@@ -101,7 +101,8 @@ def test_flags_without_effect_may_stand_in_a_file(tmp_path: Path):
         ),
         (
             ["--lu_lora_lr", "8"],
-            "--lu-lora-lr is not supported yet: LU-LoRA (--lora-r, --use-rslora and --use-dora are there); leave it out.",
+            "--lu-lora-lr is not supported yet: LU-LoRA (--lora-r, --use-rslora and --use-dora are there); leave it "
+            "out.",
         ),
         (["--batch-size", "8"], "--batch-size is not a flag of tessel: use --micro-batch-size."),
         (
