@@ -12,7 +12,8 @@ RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/wh
 
 # Huawei's scripts put CANN and nnal into the environment of every shell.
 RUN printf '%s\n' '#!/bin/bash' \
-    'for script in /usr/local/Ascend/ascend-toolkit/set_env.sh /usr/local/Ascend/nnal/atb/set_env.sh; do' \
+    'cann=/usr/local/Ascend/cann; [ -d $cann ] || cann=/usr/local/Ascend/ascend-toolkit' \
+    'for script in $cann/set_env.sh /usr/local/Ascend/nnal/atb/set_env.sh; do' \
     '  [ -f "$script" ] && source "$script"' \
     'done' \
     'exec "$@"' > /usr/local/bin/with-cann && chmod +x /usr/local/bin/with-cann

@@ -17,7 +17,8 @@ ROOT = Path("/usr/local/Ascend")
 DEVICE_FILES = "davinci[0-9]*"
 _VERSION = re.compile(r"^\s*\"?version\"?\s*[=:]\s*\"?\[?([^\s\"\]]+)", re.IGNORECASE | re.MULTILINE)
 
-# torch_npu's own README names CANN 8.5.0 for torch 2.11 and 2.12, the oldest that tessel takes.
+# torch -> CANN, as torch_npu's own README has it for the versions that tessel takes; it names none for later ones.
+MATCHING = {"2.11": "8.5.0", "2.12": "8.5.0"}
 OLDEST_CANN = (8, 5)
 
 
@@ -28,7 +29,12 @@ class Part:
     name: str
     files: tuple[str, ...]
     variable: str | None = None
-    script: str | None = None
+    scripts: tuple[str, ...] = ()
+
+    def script(self, root: Path) -> Path:
+        """What is to be sourced: where it is, or where it would be."""
+        found = [root / name for name in self.scripts if (root / name).exists()]
+        return found[0] if found else root / self.scripts[0]
 
 
 PARTS = (
@@ -39,10 +45,10 @@ PARTS = (
         ("ascend-toolkit/latest/*-linux/ascend_toolkit_install.info", "cann/*-linux/ascend_toolkit_install.info",
          "ascend-toolkit/latest/version.cfg"),
         "ASCEND_HOME_PATH",
-        "ascend-toolkit/set_env.sh",
+        ("cann/set_env.sh", "ascend-toolkit/set_env.sh"),
     ),
     Part("kernels", ("ascend-toolkit/latest/opp/version.info", "cann/opp/version.info")),
-    Part("nnal", ("nnal/atb/latest/version.info",), "ATB_HOME_PATH", "nnal/atb/set_env.sh"),
+    Part("nnal", ("nnal/atb/latest/version.info",), "ATB_HOME_PATH", ("nnal/atb/set_env.sh",)),
 )  # fmt: skip
 
 # Variables of MindSpeed-LLM's guides -> who reads them on an NPU; None: nobody here does, anywhere.
@@ -84,6 +90,16 @@ def installed(root: Path = ROOT) -> dict[str, str]:
     return found
 
 
+def matching(torch: str) -> str:
+    """Which versions belong to a torch, in words."""
+    release = torch.partition("+")[0]
+    cann = MATCHING.get(".".join(release.split(".")[:2]))
+    named = (
+        f"CANN {cann}" if cann else "the CANN that torch_npu's README names for it (8.5.0 is for torch 2.11 and 2.12)"
+    )
+    return f"torch {release}, torch_npu {release}, {named}"
+
+
 def problems(
     torch_npu: str | None, torch: str, root: Path = ROOT, environment: Mapping[str, str] = os.environ
 ) -> list[str]:
@@ -96,7 +112,7 @@ def problems(
         if part.name not in there:
             found.append(f"no {part.name} under {root}: install the one of your CANN version (docs/ASCEND.md)")
         elif part.variable is not None and part.variable not in environment:
-            found.append(f"{part.name} {there[part.name]} is not in the environment: source {root / str(part.script)}")
+            found.append(f"{part.name} {there[part.name]} is not in the environment: source {part.script(root)}")
     release = torch.partition("+")[0]
     if torch_npu is None:
         found.append(f"torch_npu is missing: pip install torch-npu=={release}")

@@ -53,7 +53,8 @@ def vendor_report() -> tuple[dict[str, str], list[str]] | None:
         plugin = None
     if plugin is None and not ascend.has_devices():
         return None
-    return ascend.installed(), ascend.problems(plugin, str(torch.__version__))
+    release = str(torch.__version__)
+    return {**ascend.installed(), "belong together": ascend.matching(release)}, ascend.problems(plugin, release)
 
 
 def vendor_profiler(device: torch.device) -> tuple[type[ascend.Profiler] | None, str]:
@@ -260,6 +261,7 @@ def set_deterministic() -> None:
     # cuBLAS reads this when it is first used; without it torch refuses matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    os.environ.setdefault("CLOSE_MATMUL_K_SHIFT", "1")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

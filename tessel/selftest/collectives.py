@@ -18,8 +18,9 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from tessel.parallel import collectives
+from tessel.parallel.overlap import FusedProducts
 from tessel.runtime import device as devices
-from tessel.selftest.result import Check, WrongError, check
+from tessel.selftest.result import Check, SkippedError, WrongError, check
 
 PART = "collectives"
 CPU_PROCESSES = 2
@@ -215,6 +216,44 @@ def _objects(device: torch.device, group: ProcessGroup, dtype: torch.dtype) -> l
     return [(torch.tensor(gathered), torch.arange(group.size()))]
 
 
+def _products(device: torch.device, group: ProcessGroup, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Products with a gather or a scatter inside them, against products and collectives apart: 16-bit numbers alone."""
+    available, reason = devices.fused_products_available(device, group.size(), torch.bfloat16)
+    if not available:
+        raise SkippedError(reason)
+    if dtype.itemsize != 2:
+        return []
+    products = FusedProducts(devices.communicator_name(group, device), group.size())
+    size, num_rows = products.inner_sizes[0], ROWS * group.size()
+    # Rows with a single one pick rows of the weight: everything is a sum of a few small integers.
+    picks = (torch.arange(2 * num_rows) + group.rank()).view(2, num_rows)
+    rows = torch.nn.functional.one_hot(picks % size, size)
+    weight = (torch.arange(size)[:, None] + torch.arange(size)) % 5
+
+    def gathered(x: Tensor, w: Tensor) -> Tensor:
+        return products.gathered(x, [w])[0]
+
+    def gathered_apart(x: Tensor, w: Tensor) -> Tensor:
+        return collectives.gather_from(x, group, 1) @ w.T
+
+    def scattered_apart(x: Tensor, w: Tensor) -> Tensor:
+        return collectives.scatter_to(x @ w.T, group, 1)
+
+    cases = (
+        (gathered, gathered_apart, rows[:, :ROWS], rows),
+        (products.scattered, scattered_apart, rows, rows[:, :ROWS]),
+    )
+    found = []
+    for ours, apart, x, grad in cases:
+        both = []
+        for function in (ours, apart):
+            leaves = [_there(x, device, dtype), _there(weight, device, dtype)]
+            out = function(*leaves)
+            both.append([out, *torch.autograd.grad(out, leaves, grad.to(device, dtype))])
+        found += [(a, b.detach().cpu()) for a, b in zip(*both, strict=True)]
+    return found
+
+
 COLLECTIVES: dict[str, Body] = {
     "all-reduce": _all_reduce,
     "all-gather": _all_gather,
@@ -224,4 +263,5 @@ COLLECTIVES: dict[str, Body] = {
     "send and receive": _send_receive,
     "a group of some": _subgroup,
     "objects": _objects,
+    "products with a gather or a scatter inside": _products,
 }

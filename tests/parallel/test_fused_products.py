@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from tessel.parallel.expert import apply_expert_parallel
 from tessel.parallel.groups import build_groups
 from tessel.parallel.overlap import FusedProducts
 from tessel.parallel.tensor import apply_tensor_parallel
+from tessel.runtime import device as devices
+from tessel.selftest.collectives import COLLECTIVES, _checked
+from tessel.selftest.result import check
 from tests.model import vendor_operators
 from tests.parallel.processes import run
 from tests.parallel.test_tensor import BASE, SentBytes, assert_near, backward, batch_of, config_of, fill
@@ -141,3 +145,22 @@ def what_they_do_not_take() -> None:
 @pytest.mark.parametrize("function", [layers_on_two_ranks, shared_expert_on_two_ranks, what_they_do_not_take])
 def test_two_ranks(function: Callable[[], None]) -> None:
     run(2, function)
+
+
+def the_selftests_check(is_wrong: bool) -> str:
+    vendor_operators.register()
+    if is_wrong:
+        meaning = vendor_operators.MEANINGS[SCATTER]
+        vendor_operators.MEANINGS[SCATTER] = lambda *args, **named: meaning(*args, **named) + 1
+    group = group_of_all()
+    with (
+        mock.patch.object(devices, "fused_products_available", lambda *_: (True, "")),
+        mock.patch.object(devices, "communicator_name", lambda *_: group.group_name),
+    ):
+        body = COLLECTIVES["products with a gather or a scatter inside"]
+        return check("collectives", "", lambda: _checked(body, torch.device("cpu"), group)).status
+
+
+def test_the_selftests_check() -> None:
+    assert run(2, the_selftests_check, False) == ["passed"] * 2
+    assert run(2, the_selftests_check, True) == ["failed"] * 2

@@ -49,13 +49,29 @@ def test_each_problem_says_what_to_type(tmp_path: Path) -> None:
     (root / "nnal/atb/latest/version.info").unlink()
     found = ascend.problems("2.11.0", "2.12.0", root, {})
     assert found == [
-        f"CANN toolkit 8.1.RC1 is not in the environment: source {root}/ascend-toolkit/set_env.sh",
+        f"CANN toolkit 8.1.RC1 is not in the environment: source {root}/cann/set_env.sh",
         f"no nnal under {root}: install the one of your CANN version (docs/ASCEND.md)",
         "torch_npu 2.11.0 is not the one of torch 2.12.0: pip install torch-npu==2.12.0",
         "CANN 8.1.RC1 is older than 8.5, which torch_npu names for torch 2.11: update it",
     ]
     assert "torch_npu is missing: pip install torch-npu==2.13.0" in ascend.problems(None, "2.13.0+cpu", root, SOURCED)
     assert len(ascend.problems(None, "2.13.0", tmp_path / "empty", {})) == len(ascend.PARTS) + 1
+
+
+def test_the_script_that_is_there_is_named(tmp_path: Path) -> None:
+    root = install(tmp_path)
+    (root / "ascend-toolkit/set_env.sh").touch()
+    assert any("source" in line and "ascend-toolkit" in line for line in ascend.problems("2.12.0", "2.12.0", root, {}))
+
+
+def test_versions_that_belong_together(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ascend.matching("2.12.0+cpu") == "torch 2.12.0, torch_npu 2.12.0, CANN 8.5.0"
+    assert "the CANN that torch_npu's README names" in ascend.matching("2.13.0")
+    text = (repository / "docs" / "ASCEND.md").read_text(encoding="utf-8")
+    assert all(f"| {torch}.0 | {torch}.0 | {cann} |" in text for torch, cann in ascend.MATCHING.items())
+    monkeypatch.setattr(ascend, "has_devices", lambda: True)
+    line = next(line for line in doctor.examine().lines() if "belong together" in line)
+    assert f"torch_npu {str(torch.__version__).partition('+')[0]}" in line
 
 
 def test_a_version_that_a_file_does_not_say(tmp_path: Path) -> None:

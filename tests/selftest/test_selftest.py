@@ -13,7 +13,7 @@ from torch import Tensor
 from tessel.cli import main
 from tessel.model import kernels as table
 from tessel.model.layers import gated
-from tessel.selftest import kernels, speed, training
+from tessel.selftest import kernels, speed, support, training
 from tessel.selftest.result import Check, check
 from tessel.selftest.support import NOT_YET
 
@@ -106,6 +106,30 @@ def test_the_document_is_what_the_reports_say(repository: Path, capsys: pytest.C
     assert not any(
         check["status"] == "failed" for file in reports for check in json.loads(Path(file).read_text())["checks"]
     )
+
+
+@pytest.mark.parametrize(("readme", "words"), [("README.md", support.ENGLISH), ("README_zh.md", support.CHINESE)])
+def test_the_readmes_have_the_short_table(repository: Path, readme: str, words: support.Words) -> None:
+    """To mend it: the table that this prints where it fails goes into the README."""
+    reports = [json.loads(file.read_text()) for file in sorted((repository / "docs" / "selftest").glob("*.json"))]
+    assert "\n".join(support.summary(reports, words)) in (repository / readme).read_text(encoding="utf-8")
+
+
+def test_the_short_table_says_what_ran() -> None:
+    def report(*rows: tuple[str, str]) -> dict[str, Any]:
+        checks = [{"part": part, "status": status} for part, status in rows]
+        versions = {"torch": "2.13.0", "torch_npu": "2.13.0"}
+        return {"device": "npu", "device_name": "Ascend910B3", "versions": versions, "checks": checks}
+
+    rows = (("kernels", "passed"), ("kernels", "skipped"), ("collectives", "failed"), ("collectives", "passed"),
+            ("memory", "skipped"))  # fmt: skip
+    _, _, *lines = support.summary([report(*rows)], support.ENGLISH)
+    assert [line.split(" | ")[-1].removesuffix(" |") for line in lines] == [
+        "passed on Ascend910B3 with torch 2.13.0, torch_npu 2.13.0",
+        "**failed** on Ascend910B3 with torch 2.13.0, torch_npu 2.13.0",
+        NOT_YET,
+        NOT_YET,
+    ]
 
 
 def test_what_is_no_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
