@@ -64,7 +64,8 @@ def _in_iteration(
     if companion.CONFIG not in side:
         side = metadata_files(model.config, target.dtype or model.dtypes[0], side)
     found = {f"{folder}/{name}": text for name, text in texts.items()}
-    found |= {f"{folder}/{companion.FOLDER}/{name}": text for name, text in side.items()}
+    # Beside the iteration: MindSpeed's second converter takes any entry of an iteration for a rank's folder.
+    found |= {f"{companion.FOLDER}/{name}": text for name, text in side.items()}
     found[TRACKER] = RELEASE.encode() if target.iteration is None else str(target.iteration).encode()
     return Written(kind, [replace(file, name=f"{folder}/{file.name}") for file in files], found)
 

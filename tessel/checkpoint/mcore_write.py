@@ -66,13 +66,13 @@ def write_planned(planned: Sequence[PlannedFile], source: StoredModel, folder: s
             path = temporary / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             file.write(path)
-        write_companion(temporary, source, target)
+    write_companion(folder, source, target)
     write_tracker(folder, target.iteration)
 
 
-def write_companion(iteration_folder: Path, source: StoredModel, target: Target) -> None:
+def write_companion(root: Path, source: StoredModel, target: Target) -> None:
     """What goes along for the way back to Hugging Face: the source's own files, or a config.json made of its config."""
-    folder = iteration_folder / companion.FOLDER
+    folder = root / companion.FOLDER
     if companion.CONFIG in source.side_files:
         companion.write(folder, source.side_files)
     else:

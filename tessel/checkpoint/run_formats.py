@@ -136,7 +136,7 @@ def _plan(name: str, model: StoredModel, formats: Formats, iteration: int | None
         return plan
     prefix = f"{run_checkpoint.iteration_folder(Path(), iteration or 0).name}/"
     files = [replace(file, name=file.name.removeprefix(prefix)) for file in plan.files]
-    texts = {file.removeprefix(prefix): text for file, text in plan.texts.items() if file.startswith(prefix)}
+    texts = {file.removeprefix(prefix): text for file, text in plan.texts.items() if file != run_checkpoint.TRACKER}
     return Written(plan.format, files, texts)
 
 

@@ -77,7 +77,7 @@ def write_torch_dist(source: StoredModel, folder: str | Path, target: Target, *,
             file.write(temporary / file.name)
         for name, content in plan.texts.items():
             (temporary / name).write_bytes(content)
-        write_companion(temporary, source, target)
+    write_companion(folder, source, target)
     write_tracker(folder, target.iteration)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tessel.checkpoint import torch_file
+from tessel.checkpoint.formats import written
 from tessel.checkpoint.mcore import open_torch
 from tessel.checkpoint.mcore_write import plan_torch, write_torch
 from tessel.checkpoint.stored import Cast, StoredModel, Target
@@ -105,7 +106,7 @@ def test_the_config_can_come_from_the_args(model: Callable[..., StoredModel], tm
     for family in ("qwen2", "qwen3", "llama", "mixtral", "qwen2_moe", "qwen3_moe"):
         source = model(family)
         write_torch(source, tmp_path / family, Target(tp=2, pp=2, noop_layers=(4, 5)))
-        shutil.rmtree(tmp_path / family / "iter_0000001" / "huggingface")
+        shutil.rmtree(tmp_path / family / "huggingface")
         found = open_torch(tmp_path / family)
         assert different(found.tensors, source.tensors) == []
         assert found.guessed
@@ -118,7 +119,7 @@ def test_a_bias_of_the_choice_travels_with_the_weights(model: Callable[..., Stor
     rows = tuple(tuple(float(layer) + expert / 4 for expert in range(4)) for layer in range(4))
     config = replace(source.config, scoring_func="sigmoid", expert_bias=rows)
     write_torch(replace(source, config=config), tmp_path / "mg", Target(pp=2, ep=2))
-    shutil.rmtree(tmp_path / "mg" / "iter_0000001" / "huggingface")
+    shutil.rmtree(tmp_path / "mg" / "huggingface")
     found = open_torch(tmp_path / "mg")
     assert (found.config.expert_bias, found.config.scoring_func) == (rows, "sigmoid")
     assert different(found.tensors, source.tensors) == []
@@ -150,9 +151,19 @@ def test_an_iteration_saved_beside_a_converted_one_has_its_config(
     source = model("mistral")
     write_torch(source, tmp_path, Target(iteration=None))
     write_torch(source, tmp_path, Target(iteration=10))
-    shutil.rmtree(tmp_path / "iter_0000010" / "huggingface")
+    (tmp_path / "huggingface").rename(tmp_path / "release" / "huggingface")  # where a run of tessel has it
     found = open_torch(tmp_path)
     assert (found.iteration, found.config, found.guessed) == (10, source.config, ())
+
+
+def test_an_iteration_holds_ranks_alone(model: Callable[..., StoredModel], tmp_path: Path) -> None:
+    """MindSpeed's second converter takes the args from whichever entry of it comes first."""
+    write_torch(model("qwen2"), tmp_path / "mg", CUT)
+    planned = written("torch", model("qwen2"), CUT)
+    names = [*planned.texts, *(file.name for file in planned.files)]
+    iteration = {Path(name).parts[1] for name in names if name.startswith("iter_0000001/")}
+    assert {path.name for path in (tmp_path / "mg" / "iter_0000001").iterdir()} == iteration
+    assert all(name.startswith("mp_rank_") for name in iteration) and "huggingface/config.json" in names
 
 
 def test_a_down_cast_names_what_does_not_fit(model: Callable[..., StoredModel], tmp_path: Path) -> None:
@@ -298,7 +309,7 @@ def test_no_folder_and_no_config(cut: Path, tmp_path: Path) -> None:
         open_torch(tmp_path / "empty")
     with pytest.raises(TesselError, match="has no config.json"):
         open_torch(cut, hf_dir=tmp_path / "empty")
-    shutil.rmtree(cut / "huggingface")
+    shutil.rmtree(cut.parent / "huggingface")
     edit(cut / "mp_rank_00_000/model_optim_rng.pt", lambda content: setattr(content["args"], "swiglu", False))
     with pytest.raises(TesselError, match="describe no model that can be read: .*--swiglu.*--hf-dir"):
         open_torch(cut)

@@ -81,14 +81,14 @@ def test_tied_output_layer_is_not_stored(model: Callable[..., StoredModel], tmp_
 def test_an_output_layer_that_is_no_copy_of_the_embedding(model: Callable[..., StoredModel], tmp_path: Path) -> None:
     source = model("qwen2")
     write_torch_dist(source, tmp_path, Target(tp=2))
-    config = tmp_path / ITERATION / "huggingface" / "config.json"
+    config = tmp_path / "huggingface" / "config.json"
     config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     with pytest.raises(TesselError, match='output_layer.weight differs from the embedding.*"tie_word_embeddings": fal'):
         open_torch_dist(tmp_path)
     head = source.tensors["model.embed_tokens.weight"]
     same = replace(source, tensors={**source.tensors, "lm_head.weight": head})
     write_torch_dist(same, tmp_path / "same", Target(tp=2))
-    config = tmp_path / "same" / ITERATION / "huggingface" / "config.json"
+    config = tmp_path / "same" / "huggingface" / "config.json"
     config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     assert "lm_head.weight" not in open_torch_dist(tmp_path / "same").tensors
 
@@ -106,7 +106,7 @@ def test_keys_of_each_layer_where_layers_differ(model: Callable[..., StoredModel
 def test_config_out_of_the_args(model: Callable[..., StoredModel], tmp_path: Path) -> None:
     source = model("qwen3")
     write_torch_dist(source, tmp_path, Target(tp=2))
-    shutil.rmtree(tmp_path / ITERATION / "huggingface")
+    shutil.rmtree(tmp_path / "huggingface")
     found = open_torch_dist(tmp_path)
     assert found.guessed
     assert (found.config.family, found.config.head_dim, found.config.vocab_size) == ("qwen3", 16, 307)

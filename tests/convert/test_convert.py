@@ -195,7 +195,8 @@ def test_a_killed_conversion_leaves_nothing_and_goes_on(
     assert "went on from a conversion that was stopped: 1 of 4 files were whole" in said.out
     assert len(written) == 3 and not unfinished.exists()
     assert tessel("verify", folder, save).status == 0
-    assert {path.name for path in save.iterdir()} == {"iter_0000001", "latest_checkpointed_iteration.txt", MANIFEST}
+    names = {"iter_0000001", "huggingface", "latest_checkpointed_iteration.txt", MANIFEST}
+    assert {path.name for path in save.iterdir()} == names
 
 
 def test_another_conversion_does_not_go_on_from_the_files_of_the_first(
