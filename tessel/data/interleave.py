@@ -6,9 +6,10 @@ parts that run side by side, each from a guessed state: the rule corrects itself
 guess is forgotten. A part is kept only if it began in the very state in which the part before it ended;
 the others run again from that state. What is returned is thus what step after step would give.
 
-Within a part, errors are carried along in float32, which tells the largest one for all but some steps;
-where others come near it, their errors are computed in float64 as the rule has it. Datasets of equal
-weight take turns in their order, so they are carried along as one class.
+Within a part, errors are carried along as whole numbers of a small unit, with the class in the lowest bits: the
+largest key tells both, and once it is lowered the next largest tells whether it was the largest beyond doubt. Where
+others come near it, their errors are computed in float64 as the rule has it. Datasets of equal weight take turns in
+their order, so they are carried along as one class.
 Legend: D datasets, C classes, P parts, S steps, U parts that are unsure.
 """
 
@@ -28,15 +29,19 @@ _MIN_WARM_STEPS = 64
 _WARM_STEPS_PER_CLASS = 8
 # Steps before the first part: in the beginning, errors are no guide.
 _FIRST_STEPS = 64
-# After so many steps, the float32 errors are made anew from float64, and the choices written down.
-_BLOCK_STEPS = 32
-# float32 errors closer than this are compared in float64. Errors lie above -1 and below the largest; two of
-# them, after 32 additions and 32 subtractions, are off by less than 2^-16 + 2^-17 where the largest is below 2.
-_NEAR = 3e-5
-_NEAR_RELATIVE = 2.0**-15
+# After so many steps, the keys are made anew from float64, and the choices written down.
+_BLOCK_STEPS = 128
+# Errors closer than so many units, and what float64 rounds, are compared in float64: each of two is rounded by half a
+# unit at first and by another half while it grows, and the classes in the lowest bits make up less than one.
+_NEAR_UNITS = 3
+# So many datasets have keys of 32 bits, three of them before the point: errors from -1.125 to 6.875. No error falls
+# below -1, since the largest is never below 0; none of 128 exceeds 6.5, since cups that one unit in all is poured into
+# before each time that one is taken out of the fullest never hold more than the harmonic number of cups, 5.5, and one.
+_MAX_NARROW = 128
+_MIDDLE = 2.875
 # Runs from a first guess, to learn at which errors datasets are taken.
 _PILOT_PARTS = 256
-_PILOT_BLOCKS = 8
+_PILOT_BLOCKS = 2
 # So few parts are as fast one after the other, step by step.
 _FEW_PARTS = 6
 
@@ -102,7 +107,7 @@ def _pilot(rule: _Rule, starts_P: np.ndarray) -> np.ndarray:
     seen = []
     for _ in range(_PILOT_BLOCKS):
         parts.advance(_BLOCK_STEPS)
-        seen.append(parts.largest_SP.copy())
+        seen.append(parts.largest(_BLOCK_STEPS))
         parts.renew()
     return rule.thresholds(np.concatenate(seen[_PILOT_BLOCKS // 2 :]))
 
@@ -148,8 +153,14 @@ class _Rule:
         self._members[self._class_of[order] * self._widest + self._places] = order
         self._place_of = np.empty(len(weights), np.int64)
         self._place_of[order] = self._places
-        code_type = np.uint8 if self.num_classes < 256 else np.uint16
-        self.codes_C1 = np.arange(1, self.num_classes + 1, dtype=code_type)[:, None]
+        # Keys: 3 bits of an error are before its point.
+        is_narrow = self.num_datasets <= _MAX_NARROW
+        self.key_type: type[np.signedinteger] = np.int32 if is_narrow else np.int64
+        self.class_bits = (self.num_classes - 1).bit_length()
+        self.unit_bits = 29 - self.class_bits if is_narrow else 32
+        # [steps, class]: what is added to the keys after each step of a block; the sums are rounded, not the parts.
+        units = np.rint(np.arange(_BLOCK_STEPS + 1)[:, None] * self.weights * 2.0**self.unit_bits).astype(np.int64)
+        self.growth_SC1 = (np.diff(units, axis=0) << self.class_bits).astype(self.key_type)[:, :, None]
 
     def step_by_step(self, taken_C: np.ndarray, start: int, datasets: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """The rule itself from step `start` on, into `datasets` and `samples`; returns what has been taken then."""
@@ -212,7 +223,7 @@ class _Rule:
             if datasets_PS is not None and samples_PS is not None:
                 classes_SP, turns_SP = parts.classes_SP[:count], parts.turns_SP[:count]
                 steps_SP = parts.steps_P - np.arange(count, 0, -1.0)[:, None]
-                taken_SP = self.weights.take(classes_SP) * steps_SP - parts.largest_SP[:count]
+                taken_SP = self.weights.take(classes_SP) * steps_SP - parts.largest(count)
                 samples_PS[:, begin : begin + count] = np.rint(taken_SP, out=taken_SP).T
                 datasets_PS[:, begin : begin + count] = self.members(classes_SP, turns_SP).T
             parts.renew()
@@ -232,7 +243,7 @@ class _Parts:
     """Parts of the steps, side by side, each at its own step.
 
     Attributes: steps_P f64, the step that each is at; of the last `advance`, classes_SP and turns_SP i64, the
-    class of each choice and which of its members had its turn, and largest_SP f32, its error.
+    class of each choice and which of its members had its turn, and keys_SP, its key.
     """
 
     def __init__(self, rule: _Rule, taken_CP: np.ndarray, starts_P: np.ndarray) -> None:
@@ -240,30 +251,50 @@ class _Parts:
         num_parts = len(starts_P)
         self.steps_P = starts_P.astype(np.float64)
         self._sizes_C1 = rule.sizes[:, None]
-        taken_CP = np.ascontiguousarray(taken_CP)  # both arrays are indexed flat
+        taken_CP = np.ascontiguousarray(taken_CP)  # indexed flat
         self._turns_CP = (taken_CP % self._sizes_C1).astype(np.int64)
-        self._errors_CP = self._exact_errors(taken_CP // self._sizes_C1)
-        if rule.limits is not None:
-            self._errors_CP[taken_CP >= (rule.limits * rule.sizes)[:, None]] = -np.inf
+        self._gone_CP = None if rule.limits is None else taken_CP >= (rule.limits * rule.sizes)[:, None]
+        self._keys_CP = np.empty(taken_CP.shape, rule.key_type)
+        self._set_keys(taken_CP // self._sizes_C1)
         self.classes_SP = np.empty((_BLOCK_STEPS, num_parts), np.int64)
         self.turns_SP = np.zeros((_BLOCK_STEPS, num_parts), np.int64)
-        self.largest_SP = np.empty((_BLOCK_STEPS, num_parts), np.float32)
-        self._growth_C1 = rule.weights.astype(np.float32)[:, None]
-        self._near_CP = np.empty(taken_CP.shape, bool)
-        self._code_CP = np.empty(taken_CP.shape, rule.codes_C1.dtype)
+        self.keys_SP = np.empty((_BLOCK_STEPS, num_parts), rule.key_type)
 
-    def _exact_errors(self, rounds_CP: np.ndarray) -> np.ndarray:
-        return (self._rule.weights[:, None] * self.steps_P - rounds_CP).astype(np.float32)
+    def _set_keys(self, rounds_CP: np.ndarray) -> None:
+        """Keys of classes all of whose members have been taken so often; the least where none is left."""
+        rule = self._rule
+        units_CP = rule.weights[:, None] * self.steps_P
+        units_CP -= rounds_CP + _MIDDLE
+        units_CP *= 2.0**rule.unit_bits
+        np.rint(units_CP, out=units_CP)
+        np.copyto(self._keys_CP, units_CP, casting="unsafe")
+        self._keys_CP <<= rule.class_bits
+        self._keys_CP += np.arange(rule.num_classes, dtype=rule.key_type)[:, None]
+        self._hide_gone()
+
+    def _hide_gone(self) -> None:
+        if self._gone_CP is not None:
+            np.copyto(self._keys_CP, np.iinfo(self._keys_CP.dtype).min, where=self._gone_CP)
+
+    def _errors(self, keys: np.ndarray) -> np.ndarray:
+        """f64: the errors in keys."""
+        errors = (keys >> self._rule.class_bits) * 2.0**-self._rule.unit_bits
+        errors += _MIDDLE
+        return errors
 
     def _rounds(self) -> np.ndarray:
-        """f64[C, P]: how often all members of a class have been taken; inf where none is left. Errors are near."""
+        """f64[C, P]: how often all members of a class have been taken. Keys are near."""
         rounds_CP = self._rule.weights[:, None] * self.steps_P
-        rounds_CP -= self._errors_CP
-        return np.rint(rounds_CP, out=rounds_CP)
+        rounds_CP -= self._errors(self._keys_CP)
+        np.rint(rounds_CP, out=rounds_CP)
+        if self._gone_CP is not None:
+            assert self._rule.limits is not None
+            np.copyto(rounds_CP, self._rule.limits[:, None], where=self._gone_CP)
+        return rounds_CP
 
     def renew(self) -> None:
-        """Make the float32 errors anew, without what additions have left in them."""
-        self._errors_CP = self._exact_errors(self._rounds())
+        """Make the keys anew, without what roundings have left in them."""
+        self._set_keys(self._rounds())
 
     def taken(self) -> np.ndarray:
         """f64[C, P]: what has been taken of each class."""
@@ -272,58 +303,72 @@ class _Parts:
             np.minimum(taken_CP, (self._rule.limits * self._rule.sizes)[:, None], out=taken_CP)
         return taken_CP
 
+    def largest(self, num_steps: int) -> np.ndarray:
+        """f64[S, P]: the error of each choice of the last `advance`."""
+        return self._errors(self.keys_SP[:num_steps])
+
     def advance(self, num_steps: int) -> None:
         """At most _BLOCK_STEPS steps."""
+        rule, keys_CP = self._rule, self._keys_CP
         num_parts = len(self.steps_P)
         numbers_P = np.arange(num_parts)
-        least_P, code_P, num_near_P = (np.empty(num_parts, t) for t in (np.float32, *[self._code_CP.dtype] * 2))
-        near_bytes_CP = self._near_CP.view(np.uint8)
-        flat = self._errors_CP.reshape(-1)
+        largest_share = float(rule.weights[-1] * (self.steps_P.max(initial=0) + num_steps))
+        near = _NEAR_UNITS + int(4 * np.spacing(largest_share) * 2.0**rule.unit_bits)
+        near <<= rule.class_bits
+        one, mask = rule.key_type(1 << (rule.unit_bits + rule.class_bits)), rule.key_type((1 << rule.class_bits) - 1)
+        lowered_P, next_P = (np.empty(num_parts, rule.key_type) for _ in range(2))
+        at_P, is_near_P = np.empty(num_parts, np.int64), np.empty(num_parts, bool)
+        flat = keys_CP.reshape(-1)
         for step in range(num_steps):
-            largest_P, class_P = self.largest_SP[step], self.classes_SP[step]
-            np.maximum.reduce(self._errors_CP, axis=0, out=largest_P)
-            np.multiply(largest_P, 1 - _NEAR_RELATIVE, out=least_P)
-            least_P -= _NEAR
-            np.greater_equal(self._errors_CP, least_P, out=self._near_CP)
-            np.multiply(near_bytes_CP, self._rule.codes_C1, out=self._code_CP)
-            np.maximum.reduce(self._code_CP, axis=0, out=code_P)
-            np.add.reduce(near_bytes_CP, axis=0, dtype=num_near_P.dtype, out=num_near_P)
-            np.subtract(code_P, 1, out=class_P, casting="unsafe")
-            unsure_U = np.flatnonzero(num_near_P != 1)
-            if len(unsure_U):
-                class_P[unsure_U], largest_P[unsure_U] = self._decide(unsure_U)
-            at_P = class_P * num_parts
-            at_P += numbers_P
-            flat[at_P] = self._take(step, at_P)
-            self.steps_P += 1
-            self._errors_CP += self._growth_C1
+            key_P, class_P = self.keys_SP[step], self.classes_SP[step]
+            np.maximum.reduce(keys_CP, axis=0, out=key_P)
+            np.bitwise_and(key_P, mask, out=class_P)
+            np.multiply(class_P, num_parts, out=at_P)
+            np.add(at_P, numbers_P, out=at_P)
+            np.subtract(key_P, one, out=lowered_P)
+            flat[at_P] = lowered_P
+            np.maximum.reduce(keys_CP, axis=0, out=next_P)
+            np.subtract(key_P, near, out=lowered_P)
+            np.greater(next_P, lowered_P, out=is_near_P)
+            if is_near_P.any():
+                self._decide(step, is_near_P.nonzero()[0], near, at_P)
+            self._end_step(step, at_P)
+            keys_CP += rule.growth_SC1[step]
+            self._hide_gone()
+        self.steps_P += num_steps
 
-    def _take(self, step: int, at_P: np.ndarray) -> np.ndarray:
-        """Take what step `step` has chosen, which stands at `at_P` in the arrays: f32[P], the errors after it."""
-        rule, largest_P, class_P = self._rule, self.largest_SP[step], self.classes_SP[step]
-        is_last_P: np.ndarray | bool = True
-        if not rule.are_single:
-            turns = self._turns_CP.reshape(-1)
-            turn_P = turns.take(at_P, out=self.turns_SP[step]) + 1
-            is_last_P = turn_P == rule.sizes.take(class_P)
-            turn_P[is_last_P] = 0
-            turns[at_P] = turn_P
-        after_P = largest_P - np.asarray(is_last_P, np.float32)
-        if rule.limits is not None:
-            rounds_P = np.rint(rule.weights.take(class_P) * self.steps_P - largest_P) + 1
-            after_P[(rounds_P >= rule.limits.take(class_P)) & is_last_P] = -np.inf
-        return after_P
+    def _end_step(self, step: int, at_P: np.ndarray) -> None:
+        """What a choice changes but its key: whose turn is next in its class, and whether that has any left."""
+        rule, class_P = self._rule, self.classes_SP[step]
+        if rule.are_single and self._gone_CP is None:
+            return
+        turns = self._turns_CP.reshape(-1)
+        turn_P = turns.take(at_P, out=self.turns_SP[step]) + 1
+        is_last_P = turn_P == rule.sizes.take(class_P)
+        turn_P[is_last_P] = 0
+        turns[at_P] = turn_P
+        goes_on_P = ~is_last_P
+        self._keys_CP.reshape(-1)[at_P[goes_on_P]] = self.keys_SP[step][goes_on_P]
+        if rule.limits is not None and self._gone_CP is not None:
+            shares_P = rule.weights.take(class_P) * (self.steps_P + step)
+            rounds_P = np.rint(shares_P - self._errors(self.keys_SP[step])) + 1
+            self._gone_CP.reshape(-1)[at_P] = (rounds_P >= rule.limits.take(class_P)) & is_last_P
 
-    def _decide(self, unsure_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The class, and its error, where float32 leaves several: in float64, the first dataset of equals."""
-        rule = self._rule
-        numbers, classes = np.nonzero(self._near_CP[:, unsure_U].T)
+    def _decide(self, step: int, unsure_U: np.ndarray, near: int, at_P: np.ndarray) -> None:
+        """Choose again where several keys are near the largest: by float64, the first dataset of equals."""
+        rule, num_parts = self._rule, len(self.steps_P)
+        flat, key_P, class_P = self._keys_CP.reshape(-1), self.keys_SP[step], self.classes_SP[step]
+        flat[at_P[unsure_U]] = key_P[unsure_U]
+        numbers, classes = np.nonzero((self._keys_CP[:, unsure_U] > key_P[unsure_U] - near).T)
         parts = unsure_U[numbers]
-        shares = rule.weights.take(classes) * self.steps_P.take(parts)
-        errors = shares - np.rint(shares - self._errors_CP[classes, parts])
+        shares = rule.weights.take(classes) * (self.steps_P.take(parts) + step)
+        errors = shares - np.rint(shares - self._errors(self._keys_CP[classes, parts]))
         firsts = np.searchsorted(numbers, np.arange(len(unsure_U)))
         largest = np.maximum.reduceat(errors, firsts)
         datasets = rule.members(classes, self._turns_CP[classes, parts])
         datasets[errors != largest[numbers]] = rule.num_datasets
         chosen = np.flatnonzero(datasets == np.minimum.reduceat(datasets, firsts)[numbers])
-        return classes[chosen], largest
+        class_P[unsure_U] = classes[chosen]
+        at_U = classes[chosen] * num_parts + unsure_U
+        at_P[unsure_U], key_P[unsure_U] = at_U, flat[at_U]
+        flat[at_U] -= rule.key_type(1 << (rule.unit_bits + rule.class_bits))
