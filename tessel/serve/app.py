@@ -163,14 +163,17 @@ async def _streamed(reply: Reply, batches: Batches, with_usage: bool) -> AsyncIt
     try:
         openings = reply.openings()
         if openings:
-            yield b"".join(sse(reply.chunk([choice])) for choice in openings)
+            yield b"".join(reply.chunk([choice]) for choice in openings)
         async for events in batches:
-            pieces = (piece for number, event in events for piece in reply.pieces(number, event))
-            written = b"".join(sse(reply.chunk([piece])) for piece in pieces)
+            of_choices: dict[int, list[Event]] = {}
+            for number, event in events:
+                of_choices.setdefault(number, []).append(event)
+            pieces = (reply.piece(number, own) for number, own in of_choices.items())
+            written = b"".join(reply.chunk([piece]) for piece in pieces if piece is not None)
             if written:
                 yield written
         if with_usage:
-            yield sse(reply.chunk([], usage=True))
+            yield reply.chunk([], usage=True)
     except ApiError as error:
         yield sse(error.body())
     finally:

@@ -36,10 +36,12 @@ class Reply:
         self._created = int(time.time())
         self._prompt_tokens = prompt_tokens
         self._num_choices = num_choices
+        # Of each chunk, all but what follows its head: made once, since there are many.
+        self._opening = b"data: " + orjson.dumps(self._head(self.names[1]))[:-1] + b","
         self.new_tokens = 0
 
-    def pieces(self, number: int, event: Event) -> list[dict[str, Any]]:
-        """What an event adds to the choice `number`, as choices of a stream."""
+    def piece(self, number: int, events: Sequence[Event]) -> dict[str, Any] | None:
+        """What some events, one after another, add to the choice `number` of a stream; None for nothing."""
         raise NotImplementedError
 
     def openings(self) -> list[dict[str, Any]]:
@@ -50,10 +52,10 @@ class Reply:
         """The answer that is not streamed."""
         raise NotImplementedError
 
-    def chunk(self, choices: Sequence[dict[str, Any]], usage: bool = False) -> dict[str, Any]:
-        """A piece of a stream. With `usage`, the last one, without choices."""
-        body = self._head(self.names[1]) | {"choices": choices}
-        return body | {"usage": self.usage()} if usage else body
+    def chunk(self, choices: Sequence[dict[str, Any]], usage: bool = False) -> bytes:
+        """A piece of a stream, as a server-sent event. With `usage`, the last one, without choices."""
+        rest = {"choices": choices, "usage": self.usage()} if usage else {"choices": choices}
+        return self._opening + orjson.dumps(rest)[1:] + b"\n\n"
 
     def usage(self) -> dict[str, int]:
         """Tokens so far."""
@@ -66,8 +68,8 @@ class Reply:
     def _head(self, name: str) -> dict[str, Any]:
         return {"id": self._id, "object": name, "created": self._created, "model": self._model}
 
-    def _count(self, event: Event) -> None:
-        self.new_tokens += event.token is not None
+    def _count(self, events: Sequence[Event]) -> None:
+        self.new_tokens += sum(event.token is not None for event in events)
 
 
 class ChatReply(Reply):
@@ -85,48 +87,40 @@ class ChatReply(Reply):
         delta = {"role": "assistant", "content": ""}
         return [self._choice(number, delta) for number in range(self._num_choices)]
 
-    def pieces(self, number: int, event: Event) -> list[dict[str, Any]]:
+    def piece(self, number: int, events: Sequence[Event]) -> dict[str, Any] | None:
         """See `Reply`."""
-        self._count(event)
-        text, calls = self._said(number, event)
+        self._count(events)
+        text, calls = self._said(number, events)
         delta: dict[str, Any] = {"content": text} if text else {}
         tools = self._tools[number]
         if calls and tools is not None:
             first = tools.num_calls - len(calls)
             delta["tool_calls"] = [{"index": first + i} | _written(call) for i, call in enumerate(calls)]
-        logprobs = None if event.logprob is None else {"content": [self._logprob(event)], "refusal": None}
-        if not delta and logprobs is None and event.finish is None:
-            return []
-        return [self._choice(number, delta, logprobs, self._reason(number, event))]
+        logprobs = self._logprobs(events)
+        if not delta and logprobs is None and events[-1].finish is None:
+            return None
+        return self._choice(number, delta, logprobs, self._reason(number, events[-1]))
 
     def whole(self, events: Sequence[tuple[int, Event]]) -> dict[str, Any]:
         """See `Reply`."""
         choices = []
         for number in range(self._num_choices):
-            texts: list[str] = []
-            calls: list[Call] = []
-            logprobs: list[dict[str, Any]] = []
-            reason = None
-            for event in (event for owner, event in events if owner == number):
-                self._count(event)
-                text, new = self._said(number, event)
-                texts.append(text)
-                calls += new
-                logprobs += [] if event.logprob is None else [self._logprob(event)]
-                reason = self._reason(number, event)
-            message: dict[str, Any] = {"role": "assistant", "content": "".join(texts), "refusal": None}
+            own = [event for owner, event in events if owner == number]
+            self._count(own)
+            text, calls = self._said(number, own)
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if calls:
-                message |= {"content": message["content"] or None, "tool_calls": [_written(call) for call in calls]}
-            found = {"content": logprobs, "refusal": None} if logprobs else None
-            choices.append({"index": number, "message": message, "logprobs": found, "finish_reason": reason})
+                message |= {"content": text or None, "tool_calls": [_written(call) for call in calls]}
+            logprobs, reason = self._logprobs(own), self._reason(number, own[-1])
+            choices.append({"index": number, "message": message, "logprobs": logprobs, "finish_reason": reason})
         return self._head(self.names[0]) | {"choices": choices, "usage": self.usage()}
 
-    def _said(self, number: int, event: Event) -> tuple[str, tuple[Call, ...]]:
-        tools = self._tools[number]
+    def _said(self, number: int, events: Sequence[Event]) -> tuple[str, tuple[Call, ...]]:
+        text, tools = "".join(event.text for event in events), self._tools[number]
         if tools is None:
-            return event.text, ()
-        text, calls = tools.push(event.text)
-        if event.finish is not None:
+            return text, ()
+        text, calls = tools.push(text)
+        if events[-1].finish is not None:
             rest, last = tools.finish()
             text, calls = text + rest, calls + last
         return text, calls
@@ -138,6 +132,10 @@ class ChatReply(Reply):
     @staticmethod
     def _choice(number: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
         return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
+        content = [self._logprob(event) for event in events if event.logprob is not None]
+        return {"content": content, "refusal": None} if content else None
 
     def _logprob(self, event: Event) -> dict[str, Any]:
         assert event.token is not None
@@ -169,21 +167,24 @@ class CompletionReply(Reply):
         """The prompts that are echoed."""
         return [self._choice(number, prompt) for number, prompt in enumerate(self._prompts) if prompt]
 
-    def pieces(self, number: int, event: Event) -> list[dict[str, Any]]:
+    def piece(self, number: int, events: Sequence[Event]) -> dict[str, Any] | None:
         """See `Reply`."""
-        self._count(event)
-        logprobs = self._logprobs(number, [event])
-        if not event.text and logprobs is None and event.finish is None:
-            return []
-        return [self._choice(number, event.text, logprobs, event.finish)]
+        self._count(events)
+        text, logprobs, reason = (
+            "".join(event.text for event in events),
+            self._logprobs(number, events),
+            events[-1].finish,
+        )
+        if not text and logprobs is None and reason is None:
+            return None
+        return self._choice(number, text, logprobs, reason)
 
     def whole(self, events: Sequence[tuple[int, Event]]) -> dict[str, Any]:
         """See `Reply`."""
         choices = []
         for number, prompt in enumerate(self._prompts):
             own = [event for owner, event in events if owner == number]
-            for event in own:
-                self._count(event)
+            self._count(own)
             text = prompt + "".join(event.text for event in own)
             choices.append(self._choice(number, text, self._logprobs(number, own), own[-1].finish))
         return self._head(self.names[0]) | {"choices": choices, "usage": self.usage()}

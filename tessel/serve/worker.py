@@ -1,9 +1,10 @@
 """The one thread that runs the model, and how the server's event loop talks to it.
 
 The loop hands over requests and cancellations in a queue; the thread takes what is there between two steps, and gives
-the events of steps back together: where steps are short, those of a few, which nobody can tell from one after another,
-since each write to a connection costs as much as some tokens of a small model. A text that has ended does not wait for
-the others, since its client may ask for more. Everything but `_work` and what it calls runs on the loop.
+the events of steps back together: where steps are short and texts are many, those of a few, which nobody can tell from
+one after another, since each write to a connection costs as much as some tokens of a small model. A text that has ended
+does not wait for the others, since its client may ask for more. Everything but `_work` and what it calls runs on the
+loop.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from tessel.generate.lockstep import IDLE_STEP_S
 from tessel.generate.request import Event, Request
 from tessel.serve.errors import ApiError
 
-_HAND_OUT_S = 0.04
-"""25 times a second, a stream looks even."""
+_WRITE_S = 0.002
+"""From one write to the next on average, to whichever connection..."""
+_HAND_OUT_S = 0.08
+"""... but each text is written so often at least, since a stream is to look even."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ class Worker:
                 if event.finish is not None:
                     ended.add(key)
                     del keys[event.request], numbers[key]
-            if (now_s := time.monotonic()) - handed_s >= _HAND_OUT_S:
+            wait_s = min(_WRITE_S * self.batcher.num_running, _HAND_OUT_S)
+            if (now_s := time.monotonic()) - handed_s >= wait_s:
                 due, events, handed_s = events, [], now_s
             else:
                 due = [(key, event) for key, event in events if key in ended]

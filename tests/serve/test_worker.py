@@ -45,7 +45,8 @@ async def batches_of(job: Job) -> list[int]:
 
 
 def test_a_text_that_ends_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_HAND_OUT_S", float("inf"))
+    for name in ("_WRITE_S", "_HAND_OUT_S"):
+        monkeypatch.setattr(worker, name, 1e9)
 
     async def serve() -> list[list[int]]:
         batcher = Counting()
