@@ -5,7 +5,6 @@ from __future__ import annotations
 from tessel.config.run import RunConfig
 from tessel.mindspore_engine import cluster
 from tessel.mindspore_engine.support import for_the_host
-from tessel.train.pretrain import pretrain as pretrain_with
 
 
 def pretrain(cfg: RunConfig, given: frozenset[str]) -> None:
@@ -17,7 +16,11 @@ def pretrain(cfg: RunConfig, given: frozenset[str]) -> None:
     """
     cluster.join()
     # MindSpore reads the environment when it is loaded.
-    from tessel.mindspore_engine import engine, start
+    from tessel.mindspore_engine import start
 
     start.begin(cfg)
+    # Not before: the scheduler of a cluster comes no further, and needs none of it.
+    from tessel.mindspore_engine import engine
+    from tessel.train.pretrain import pretrain as pretrain_with
+
     pretrain_with(for_the_host(cfg), given, engine.build_learner)

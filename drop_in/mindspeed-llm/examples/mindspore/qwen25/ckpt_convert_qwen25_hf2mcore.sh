@@ -1,4 +1,4 @@
 #!/bin/bash
-# MindSpore's script of this name. tessel runs on PyTorch on every device, so that the one of examples/mcore does it.
-echo "drop-in: on PyTorch, not on MindSpore; files are those that PyTorch's script writes" >&2
+# MindSpore's script of this name. Files are the same for both frameworks, so that the one of examples/mcore does it.
+echo "drop-in: by PyTorch, on the CPU; MindSpore trains on the same files" >&2
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../../mcore/qwen25/ckpt_convert_qwen25_hf2mcore.sh" "$@"
