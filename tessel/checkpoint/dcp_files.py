@@ -245,7 +245,7 @@ class DcpFolder:
     tensors: Mapping[str, ChunkedTensor]
     others: Mapping[str, Chunk] = field(repr=False)
 
-    def other(self, name: str) -> Any:
+    def other(self, name: str, max_bytes: int = _MAX_BYTES_ENTRY) -> Any:
         """An entry that is no tensor, through the allow-list of `torch_file`; None where there is none.
 
         Raises:
@@ -254,7 +254,7 @@ class DcpFolder:
         entry = self.others.get(name)
         if entry is None:
             return None
-        if entry.length > _MAX_BYTES_ENTRY:
+        if entry.length > max_bytes:
             raise damaged(entry.path, f"{name} has {entry.length:,} bytes")
         with tempfile.NamedTemporaryFile(prefix=f"{entry.file}.", suffix=".pt") as copy:
             try:

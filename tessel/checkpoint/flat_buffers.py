@@ -10,10 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from tessel.checkpoint.flat import Unflattened
+from tessel.checkpoint.fused import pieces
 from tessel.checkpoint.mcore_args import noop_layers_of
-from tessel.checkpoint.mcore_names import Entry, Part, Slot, Variant, first_slots, last_slots, layer_slots
+from tessel.checkpoint.mcore_match import source_of
+from tessel.checkpoint.mcore_names import (
+    HEAD,
+    HEAD_KEY,
+    Entry,
+    Part,
+    Slot,
+    Variant,
+    first_slots,
+    last_slots,
+    layer_slots,
+)
+from tessel.checkpoint.stored import Piece, StoredTensor
 from tessel.layout.sharding import parameters
 from tessel.layout.stages import Stage, stages_of
 from tessel.layout.topology import Place, Topology
@@ -55,6 +69,14 @@ def placed(entries: Sequence[Entry], bucket_sizes: Sequence[int]) -> list[Spot] 
         at += size
     is_full = bucket == len(bucket_sizes) - 1 and at == bucket_sizes[-1]
     return spots if is_full else None
+
+
+class BufferKey(NamedTuple):
+    """Which optimizer (1: that of the experts), data-parallel group and model chunk a buffer is of."""
+
+    chained: int
+    group: int
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,13 @@ class Buffers:
         """Whether experts have buffers, and an optimizer, of their own."""
         return self.config.num_experts > 0 and self.topology.ep > 1
 
+    def all(self, order: Sequence[Variant]) -> Iterator[tuple[BufferKey, list[Entry]]]:
+        """Every buffer with its parameters."""
+        for is_expert in (False, True) if self.has_expert_buffers else (False,):
+            for group, place in self.places(is_expert):
+                for chunk in range(self.num_chunks):
+                    yield BufferKey(int(is_expert), group, chunk), self.entries(place, chunk, order, is_expert)
+
     def entries(self, place: Place, chunk: int, order: Sequence[Variant], is_expert: bool) -> list[Entry]:
         """The parameters of one buffer, in the order of named_parameters()."""
         part, stage = Part(self.config, self.topology, place), self.stages[place.pp, chunk]
@@ -140,3 +169,25 @@ def in_module_order(entries: Sequence[Entry]) -> list[Entry]:
             waiting = []
         found.append(entry)
     return found
+
+
+def add_pieces(
+    parts: dict[str, list[Piece]],
+    spots: Sequence[Spot],
+    own: Sequence[Mapping[str, StoredTensor]],
+    seen: set[tuple[object, ...]],
+    config: ModelConfig,
+) -> None:
+    """Add to `parts` the pieces of a buffer, whose buckets are `own`, under "exp_avg.NAME" and so on.
+
+    What an earlier rank holds as well, and a tied embedding's copy, are passed over.
+    """
+    shapes = {name: rule.shape for name, rule in parameters(config).items()}
+    for spot in spots:
+        if spot.entry.fused.spans in seen or (spot.entry.key == HEAD_KEY and HEAD not in shapes):
+            continue
+        seen.add(spot.entry.fused.spans)
+        for kind, bucket in own[spot.bucket].items():
+            flat = source_of(spot.entry, Unflattened(bucket, (), spot.start, spot.entry.shape))
+            for name, piece in pieces(spot.entry.fused, flat, shapes):
+                parts.setdefault(f"{kind}.{name}", []).append(piece)

@@ -264,7 +264,7 @@ def _of_buffer(
     in_order = list(reversed(items))
     numels = [math.prod(item.entry.shape) for item in in_order]
     num_elements = flat["param"].numel()
-    starts = _starts(numels, num_elements, files.args)
+    starts = starts_of(numels, num_elements, files.args)
     if starts is None:
         raise _Unknown(
             f"{path} has a buffer of {num_elements:,} elements, which the {len(items)} parameters do not fill in any "
@@ -276,7 +276,7 @@ def _of_buffer(
             yield _Found(kind, item, Unflattened(buffer, (), start, item.entry.shape))
 
 
-def _starts(numels: Sequence[int], num_elements: int, args: Mapping[str, Any]) -> list[int] | None:
+def starts_of(numels: Sequence[int], num_elements: int, args: Mapping[str, Any]) -> list[int] | None:
     """Where each parameter begins in a buffer of so many elements; None if they do not fill it.
 
     A parameter begins at a multiple of 64 elements in its bucket; buckets follow each other without the padding

@@ -88,7 +88,7 @@ def open_torch_dist(
     # A release is a model alone, as Megatron loads it.
     optimizer = OptimizerState()
     if iteration.number is not None:
-        optimizer = optimizer_of(found, common, args, config, keyed)
+        optimizer = optimizer_of(found, common, args, config, keyed, tensors)
     return StoredModel(
         "torch_dist",
         Path(folder),

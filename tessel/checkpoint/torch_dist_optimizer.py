@@ -7,6 +7,8 @@ Megatron has kept them in three ways:
     in fragments   the same keys, each rank's part of the weight flat (`fully_sharded_model_space`)
     in buckets     optimizer.distributed.dp_group_idx_G.gbuf_idx_C.dtype_D.bucket_idx_B.{param,...}: the flat
                    buffers of the run's degrees (`dp_reshardable`; flat_buffers.py)
+    gathered       optimizer.distributed.dp_group_idx_G.param_state: an entry that holds those buffers, buckets joined,
+                   as distrib_optim.pt does (`dp_zero_gather_scatter`; gathered.py)
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from typing import Any
 
 from tessel.checkpoint import torch_file
 from tessel.checkpoint.dcp_files import ChunkedTensor, DcpFolder
-from tessel.checkpoint.flat import Unflattened, of_fragments
-from tessel.checkpoint.flat_buffers import ORDERS, Buffers, Spot, placed
+from tessel.checkpoint.flat import of_fragments
+from tessel.checkpoint.flat_buffers import ORDERS, Buffers, Spot, add_pieces, placed
 from tessel.checkpoint.fused import pieces
-from tessel.checkpoint.mcore_match import source_of
-from tessel.checkpoint.mcore_names import EMBEDDING_KEY, HEAD, HEAD_KEY
+from tessel.checkpoint.gathered import is_gathered, parts_of_gathered
+from tessel.checkpoint.mcore_names import EMBEDDING_KEY
 from tessel.checkpoint.mcore_optimizer import counters, groups_of, step_of
 from tessel.checkpoint.stored import Assembled, Piece, StoredTensor
 from tessel.checkpoint.torch_dist_keys import Keyed, find, joined_halves
@@ -55,15 +57,20 @@ class OptimizerState:
 
 
 def optimizer_of(
-    found: DcpFolder, common: Mapping[str, Any], args: Mapping[str, Any], config: ModelConfig, keyed: Sequence[Keyed]
+    found: DcpFolder,
+    common: Mapping[str, Any],
+    args: Mapping[str, Any],
+    config: ModelConfig,
+    keyed: Sequence[Keyed],
+    weights: Mapping[str, StoredTensor],
 ) -> OptimizerState:
-    """What a run can go on with. `keyed`: where the weights lie, which states by name follow."""
+    """What a run can go on with. `keyed`: where the weights lie, which states by name follow; `weights`: by name."""
     state = _numbers(found, common, args)
     by_name = _by_name(found)
     if by_name:
         parts, left_out = _parts_by_name(by_name, keyed, config)
     else:
-        parts, left_out = _parts_of_buckets(found, args, config)
+        parts, left_out = _parts_of_buckets(found, args, config, weights)
     tensors = _whole(parts, config)
     lacking = [
         name for name in parameters(config) if tensors and any(f"{kind}.{name}" not in tensors for kind in _MOMENTS)
@@ -141,7 +148,7 @@ def _parts_by_name(
 
 
 def _parts_of_buckets(
-    found: DcpFolder, args: Mapping[str, Any], config: ModelConfig
+    found: DcpFolder, args: Mapping[str, Any], config: ModelConfig, weights: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, list[Piece]], tuple[str, ...]]:
     buckets: dict[BucketKey, dict[str, ChunkedTensor]] = {}
     for name, tensor in found.tensors.items():
@@ -149,13 +156,17 @@ def _parts_of_buckets(
         if match is not None:
             chained, group, buffer, bucket = (int(number or 0) for number in match.groups()[:4])
             buckets.setdefault((chained, group, buffer, bucket), {})[match[5]] = tensor
-    if not buckets:
+    if not buckets and not is_gathered(found):
         held = any(".optimizer." in name or name.startswith("optimizer.") for name in found.tensors)
         return {}, ("The optimizer's state, which is in a form that is not known here.",) if held else ()
     rows = found.tensors[EMBEDDING_KEY].shape[0]
     try:
         buffers = Buffers.of_args(args, replace(config, vocab_size=rows))
-        parts = _of_buffers(buffers, buckets, config)
+        parts = (
+            _of_buffers(buffers, buckets, config)
+            if buckets
+            else parts_of_gathered(found, args, buffers, config, weights)
+        )
     except UsageError as error:
         return {}, (f"The optimizer's state, whose flat buffers follow from args that are not understood: {error}",)
     if parts is None:
@@ -173,23 +184,12 @@ def _of_buffers(
     for order in ORDERS:
         parts: dict[str, list[Piece]] = {}
         seen: set[tuple[object, ...]] = set()
-        for is_expert in (False, True) if buffers.has_expert_buffers else (False,):
-            for group, place in buffers.places(is_expert):
-                for chunk in range(buffers.num_chunks):
-                    keys = sorted(key for key in buckets if key[:3] == (int(is_expert), group, chunk))
-                    own = [buckets[key] for key in keys]
-                    spots = placed(
-                        buffers.entries(place, chunk, order, is_expert), [tensors["param"].shape[0] for tensors in own]
-                    )
-                    if spots is None or not all(_is_cut_at(own[spot.bucket]["param"], spot) for spot in spots):
-                        break
-                    _add(parts, spots, own, seen, config)
-                else:
-                    continue
+        for key, entries in buffers.all(order):
+            own = [buckets[bucket] for bucket in sorted(buckets) if bucket[:3] == key]
+            spots = placed(entries, [tensors["param"].shape[0] for tensors in own])
+            if spots is None or not all(_is_cut_at(own[spot.bucket]["param"], spot) for spot in spots):
                 break
-            else:
-                continue
-            break
+            add_pieces(parts, spots, own, seen, config)
         else:
             return parts
     return None
@@ -199,25 +199,6 @@ def _is_cut_at(bucket: ChunkedTensor, spot: Spot) -> bool:
     """Whether chunks begin where the parameter begins and where it ends, as every parameter has its own."""
     edges = {piece.start[0] for piece in bucket.chunks} | {bucket.shape[0]}
     return spot.start in edges and spot.start + math.prod(spot.entry.shape) in edges
-
-
-def _add(
-    parts: dict[str, list[Piece]],
-    spots: Sequence[Spot],
-    own: Sequence[Mapping[str, ChunkedTensor]],
-    seen: set[tuple[object, ...]],
-    config: ModelConfig,
-) -> None:
-    """The pieces of one buffer; what an earlier rank holds as well, and a tied embedding's copy, are passed over."""
-    shapes = {name: rule.shape for name, rule in parameters(config).items()}
-    for spot in spots:
-        if spot.entry.fused.spans in seen or (spot.entry.key == HEAD_KEY and HEAD not in shapes):
-            continue
-        seen.add(spot.entry.fused.spans)
-        for kind, bucket in own[spot.bucket].items():
-            flat = source_of(spot.entry, Unflattened(bucket, (), spot.start, spot.entry.shape))
-            for name, piece in pieces(spot.entry.fused, flat, shapes):
-                parts.setdefault(f"{kind}.{name}", []).append(piece)
 
 
 def _whole(parts: Mapping[str, list[Piece]], config: ModelConfig) -> dict[str, StoredTensor]:
