@@ -5,13 +5,16 @@
     python benchmarks/lora.py --device cuda --model 0.5B --dtype bf16 --seq-length 4096
 
 Each side runs in a process of its own, in turn, on the same shape, batches, precision and number of threads; ratios
-are of medians over rounds. `tessel` and `peft` train adapters; `pretrain` and `packed` train the whole model on
-text, and on packed dialogues of 8 to a sequence that do not see each other. Memory as in train_speed.py.
+are of medians over rounds, on a CPU of CPU seconds, which other load touches little. `tessel` and `peft` train
+adapters; `pretrain` and `packed` train the whole model on text, and on packed dialogues of 8 to a sequence that do not
+see each other. Memory as in train_speed.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -20,8 +23,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from train_speed import ROOT, SHAPES, hf_config
 
@@ -96,14 +101,37 @@ def run_tessel(s: Setting, side: str) -> dict[str, float]:
             more = "--is-instruction-dataset --pack --neat-pack --reset-attention-mask"
         else:
             write_text(work / "data", s)
-        command = [sys.executable, "-m", "tessel", "pretrain", *common.split(), *more.split()]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        clocks_s = run_counting(["pretrain", *common.split(), *more.split()])
         rows = [json.loads(line) for line in (work / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "train"][s.steps // 3 :]
     return {
         "step_s": statistics.median(row["iteration_time"] for row in steps),
+        "step_cpu_s": median_interval_s(clocks_s, s),
         "peak_bytes": max(row["peak_memory_bytes"] for row in steps),
     }
+
+
+def run_counting(arguments: list[str]) -> list[float]:
+    """Run tessel in this process; the CPU seconds, of all threads, that it had used when each step began."""
+    from tessel.cli import main as tessel
+    from tessel.train.step import TrainStep
+
+    begins_s: list[float] = []
+    step = TrainStep.__call__
+
+    def counted(self: TrainStep, *batches: Any) -> Any:
+        begins_s.append(time.process_time())
+        return step(self, *batches)
+
+    with patch.object(TrainStep, "__call__", counted), contextlib.redirect_stdout(io.StringIO()):
+        if tessel(arguments) != 0:
+            raise SystemExit("tessel failed")
+    return begins_s
+
+
+def median_interval_s(clocks_s: list[float], s: Setting) -> float:
+    """Between readings of a clock, the first third of them left out."""
+    return statistics.median(later - sooner for sooner, later in pairwise(clocks_s[s.steps // 3 :]))
 
 
 def run_peft(s: Setting) -> dict[str, float]:
@@ -119,7 +147,7 @@ def run_peft(s: Setting) -> dict[str, float]:
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01, fused=True)
-    times = []
+    times, clocks_s = [], [time.process_time()]
     devices.reset_peak_memory(device)
     for _ in range(s.steps):
         tokens = torch.randint(0, SHAPES[s.model][5] - 1, (s.batch, s.seq_length + 1)).to(device)
@@ -133,7 +161,12 @@ def run_peft(s: Setting) -> dict[str, float]:
         loss.item()
         devices.synchronize(device)
         times.append(time.perf_counter() - begin_s)
-    return {"step_s": statistics.median(times[s.steps // 3 :]), "peak_bytes": devices.peak_memory_bytes(device)}
+        clocks_s.append(time.process_time())
+    return {
+        "step_s": statistics.median(times[s.steps // 3 :]),
+        "step_cpu_s": median_interval_s(clocks_s, s),
+        "peak_bytes": devices.peak_memory_bytes(device),
+    }
 
 
 def report(s: Setting, rounds: int, threads: int) -> None:
@@ -145,18 +178,21 @@ def report(s: Setting, rounds: int, threads: int) -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
             done = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True)
             results[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1} {side}: {results[side][-1]['step_s'] * 1000:.1f} ms/step", flush=True)
+            last = results[side][-1]
+            times = f"{last['step_s'] * 1000:.1f} ms, {last['step_cpu_s'] * 1000:.1f} ms of CPU"
+            print(f"round {number + 1} {side}: {times} a step", flush=True)
     median = {side: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for side, rows in results.items()}
     tokens = s.batch * s.seq_length
+    what, unit = ("step_cpu_s", "CPU second") if s.device == "cpu" else ("step_s", "second")
     print(f"\n{s.model}, {s.dtype}, {s.batch} x {s.seq_length} tokens, {threads} threads, {s.device}")
     for side in SIDES:
-        speed, peak_mib = tokens / median[side]["step_s"], median[side]["peak_bytes"] / 2**20
-        print(f"{side:9s} {speed:10,.0f} tokens/s   peak {peak_mib:8,.0f} MiB")
+        speed, peak_mib = tokens / median[side][what], median[side]["peak_bytes"] / 2**20
+        print(f"{side:9s} {speed:10,.0f} tokens a {unit}   peak {peak_mib:8,.0f} MiB")
     ours, theirs = median["tessel"], median["peft"]
-    print(f"adapters, speed   tessel / peft: {theirs['step_s'] / ours['step_s']:.2f}x (at least 1 wanted)")
+    print(f"adapters, speed   tessel / peft: {theirs[what] / ours[what]:.2f}x (at least 1 wanted)")
     print(f"adapters, memory  tessel / peft: {ours['peak_bytes'] / theirs['peak_bytes']:.2f}x (at most 1 wanted)")
-    packed = median["pretrain"]["step_s"] / median["packed"]["step_s"]
-    print(f"packed dialogues / text, tokens/s: {packed:.2f}x (at least 0.90 wanted)")
+    packed = median["pretrain"][what] / median["packed"][what]
+    print(f"packed dialogues / text, tokens a {unit}: {packed:.2f}x (at least 0.90 wanted)")
 
 
 def main() -> None:
