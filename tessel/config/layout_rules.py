@@ -63,11 +63,6 @@ def check_tensor_parallel(cfg: RunConfig) -> None:
             "--sequence-parallel shares tokens between tensor-parallel processes, and --tensor-model-parallel-size is "
             "1: raise it to 2 or more, or leave --sequence-parallel out."
         )
-    if layout.tp_comm_overlap and not layout.sequence_parallel:
-        raise UsageError(
-            "--tp-comm-overlap overlaps the communication of --sequence-parallel, which is not given: add it, or "
-            "leave --tp-comm-overlap out."
-        )
 
 
 def check_pipeline_stages(cfg: RunConfig) -> None:

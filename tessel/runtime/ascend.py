@@ -100,6 +100,16 @@ def matching(torch: str) -> str:
     return f"torch {release}, torch_npu {release}, {named}"
 
 
+def mismatch(torch_npu: str | None, torch: str) -> str | None:
+    """What is wrong with the version of torch_npu (None: it is missing) beside this torch, and what to install."""
+    release = torch.partition("+")[0]
+    if torch_npu is None:
+        return f"torch_npu is missing: pip install torch-npu=={release}"
+    if re.match(rf"{re.escape(release)}(\D|$)", torch_npu):
+        return None
+    return f"torch_npu {torch_npu} is not the one of torch {release}: pip install torch-npu=={release}"
+
+
 def problems(
     torch_npu: str | None, torch: str, root: Path = ROOT, environment: Mapping[str, str] = os.environ
 ) -> list[str]:
@@ -113,11 +123,8 @@ def problems(
             found.append(f"no {part.name} under {root}: install the one of your CANN version (docs/ASCEND.md)")
         elif part.variable is not None and part.variable not in environment:
             found.append(f"{part.name} {there[part.name]} is not in the environment: source {part.script(root)}")
-    release = torch.partition("+")[0]
-    if torch_npu is None:
-        found.append(f"torch_npu is missing: pip install torch-npu=={release}")
-    elif not re.match(rf"{re.escape(release)}(\D|$)", torch_npu):
-        found.append(f"torch_npu {torch_npu} is not the one of torch {release}: pip install torch-npu=={release}")
+    plugin = mismatch(torch_npu, torch)
+    found += [plugin] if plugin is not None else []
     numbers = re.match(r"(\d+)\.(\d+)", there.get("CANN toolkit", ""))
     if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST_CANN:
         oldest = ".".join(str(number) for number in OLDEST_CANN)

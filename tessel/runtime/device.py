@@ -34,9 +34,12 @@ def load_plugins() -> None:
         try:
             importlib.import_module("torch_npu")
         except (ImportError, RuntimeError) as error:
+            version = _plugin_version()
+            wrong = None if version is None else ascend.mismatch(version, str(torch.__version__))
+            remedy = f"{wrong}," if wrong else "Source CANN's set_env.sh (`tessel doctor` names it),"
             raise TesselError(
-                f"torch_npu is installed and cannot be imported ({(str(error).splitlines() or [''])[0]}). Source "
-                "CANN's set_env.sh (`tessel doctor` names it), or take --device cpu."
+                f"torch_npu is installed and cannot be imported ({(str(error).splitlines() or [''])[0]}). {remedy} or "
+                "take --device cpu."
             ) from error
 
 
@@ -47,14 +50,18 @@ def environment_remarks(device: torch.device) -> list[str]:
 
 def vendor_report() -> tuple[dict[str, str], list[str]] | None:
     """What of the vendor's software is installed, and what stands in the way; None where nothing asks for it."""
-    try:
-        plugin = metadata.version("torch_npu")
-    except metadata.PackageNotFoundError:
-        plugin = None
+    plugin = _plugin_version()
     if plugin is None and not ascend.has_devices():
         return None
     release = str(torch.__version__)
     return {**ascend.installed(), "belong together": ascend.matching(release)}, ascend.problems(plugin, release)
+
+
+def _plugin_version() -> str | None:
+    try:
+        return metadata.version("torch_npu")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def vendor_profiler(device: torch.device) -> tuple[type[ascend.Profiler] | None, str]:
@@ -103,10 +110,10 @@ def resolve(name: str, world: World | None = None) -> torch.device:
         raise UsageError(f"--device {name}: not a device; choose auto, cpu, cuda or npu.")
     if found is None or found.type != kind:
         sees = f"it sees {found.type}" if found is not None else "it sees no accelerator"
-        needs = "torch_npu and the CANN toolkit" if kind == "npu" else "a CUDA build of torch and a driver"
+        needs = "torch_npu of torch's version, and CANN" if kind == "npu" else "a CUDA build of torch and a driver"
         raise TesselError(
             f"--device {name}: torch {torch.__version__} sees no such device ({sees}). "
-            f"Install {needs}, or take --device auto."
+            f"Install {needs} (`tessel doctor` says what lacks), or take --device auto."
         )
     return _with_index(torch.device(name), world)
 

@@ -18,7 +18,6 @@ STRATEGY = "data_parallel_sharding_strategy"
 BROKEN = {
     # Tensor parallelism.
     "sequence_parallel": "--tensor-model-parallel-size is 1: raise it to 2 or more, or leave --sequence-parallel out.",
-    f"{TP}=2 tp_comm_overlap": "--sequence-parallel, which is not given: add it, or leave --tp-comm-overlap out.",
     # Stages.
     "num_layer_list=1,1": "--num-layer-list deals layers out to pipeline stages, and --pipeline-model-parallel-size is",
     "decoder_first_pipeline_num_layers=1": "raise it to 2 or more, or leave --decoder-first-pipeline-num-layers out.",
@@ -70,6 +69,7 @@ def test_a_broken_rule_names_the_field_its_value_and_the_remedy(changes: str) ->
     "changes",
     [
         f"{TP}=2 sequence_parallel tp_comm_overlap",
+        f"{TP}=2 tp_comm_overlap",
         f"{PP}=4 num_layer_list=6,8,8,6",
         f"{PP}=2 num_layers_per_virtual_pipeline_stage=1 pipeline_schedule=interleaved",
         f"{PP}=2 num_virtual_stages_per_pipeline_rank=2 pipeline_schedule=interleaved-zero-bubble noop_layers=0,3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from torch import distributed
 
+from tessel.cli import main
 from tessel.config.megatron import MEGATRON
 from tessel.config.parser import parse
 from tessel.config.run import RunConfig
 from tessel.parallel.overlap import FusedProducts, enable_overlap
 from tessel.runtime import device as devices
 from tests.parallel.processes import run
+from tests.train.runs import flags, write_data
 
 CPU = torch.device("cpu")
 
@@ -96,6 +99,11 @@ def test_names_of_other_suites(flag: str) -> None:
     parsed = parse(RunConfig, [flag, "--coc-parallel-num", "4"], "tessel pretrain", MEGATRON)
     assert parsed.value.layout.tp_comm_overlap
     assert "--coc-parallel-num (--use-ascend-coc takes the device's own overlap" in parsed.notes[0]
+
+
+def test_a_run_says_what_becomes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(write_data(tmp_path / "data"), tmp_path / "out", 2, "--use-mc2")) == 0
+    assert "--tp-comm-overlap: there is one tensor-parallel process; going on without" in capsys.readouterr().out
 
 
 def test_what_symmetric_memory_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,10 @@ def test_a_plugin_that_cannot_be_imported_is_an_error_with_a_remedy(monkeypatch:
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(TesselError, match="libhccl.so.*Source CANN's set_env.sh"):
         devices.load_plugins()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "_plugin_version", lambda: "2.11.0")
+        with pytest.raises(TesselError, match=r"libhccl.so.*torch_npu 2.11.0 is not the one of torch.*pip install"):
+            devices.load_plugins()
     accelerator = doctor.examine().data["accelerator"]
     assert accelerator["device"] == "none" and "set_env.sh" in accelerator["description"]
 
