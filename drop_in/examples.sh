@@ -41,8 +41,18 @@ dialogues() { _preprocess "$@" && made "$OUTPUT_PREFIX"; }
 
 _convert() { program "$1" --load-dir "$LOAD_DIR" --save-dir "$SAVE_DIR" "${@:2}"; }
 
+# How layers are dealt out to pipeline stages, where a script says so; with another PP, set these, or nothing: VPP=
+_stages() {
+    stages=()
+    if [ -n "${NUM_LAYER_LIST:-}" ]; then stages+=(--num-layer-list "$NUM_LAYER_LIST"); fi
+    if [ -n "${VPP:-}" ]; then stages+=(--num-layers-per-virtual-pipeline-stage "$VPP"); fi
+    if [ -n "${NOOP_LAYERS:-}" ]; then stages+=(--noop-layers "$NOOP_LAYERS"); fi
+}
+
 to_megatron() {
-    local cut=(--target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP")
+    local stages
+    _stages
+    local cut=(--target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP" "${stages[@]}")
     if [ "${EP:-1}" -gt 1 ]; then cut+=(--target-expert-parallel-size "$EP"); fi
     [[ "$1" = *_v2.py ]] || cut+=(--use-mcore-models --model-type GPT --params-dtype "${PARAMS_DTYPE:-bf16}")
     _convert "$1" --load-model-type hf --save-model-type mg "${cut[@]}" "${@:2}"
@@ -73,25 +83,26 @@ _layout() {
 }
 
 _train() {
-    local layout data
+    local layout stages data
     _layout
+    _stages
     if [ "$TP" -gt 1 ]; then layout+=(--sequence-parallel); fi
     if [ "${CP:-1}" -gt 1 ]; then layout+=(--context-parallel-size "$CP"); fi
     read -ra data <<< "$DATA_PATH"  # a blend is several words
-    logged "$LOG_NAME" processes "$1" "${layout[@]}" \
+    logged "$LOG_NAME" processes "$1" "${layout[@]}" "${stages[@]}" \
         --seq-length "${SEQ_LENGTH:-$SEQ_LEN}" \
         --micro-batch-size "$MBS" \
         --global-batch-size "$GBS" \
         --train-iters "$TRAIN_ITERS" \
         --lr "${LR:-1.25e-6}" \
-        --lr-decay-style cosine \
+        --lr-decay-style "${LR_DECAY_STYLE:-cosine}" \
         --min-lr "${MIN_LR:-1.25e-7}" \
-        --lr-warmup-fraction 0.01 \
+        --lr-warmup-fraction "${LR_WARMUP_FRACTION:-0.01}" \
         --init-method-std 0.01 \
-        --weight-decay 1e-1 \
+        --weight-decay "${WEIGHT_DECAY:-1e-1}" \
         --clip-grad 1.0 \
         --adam-beta1 0.9 \
-        --adam-beta2 0.95 \
+        --adam-beta2 "${ADAM_BETA2:-0.95}" \
         --attention-dropout 0.0 \
         --hidden-dropout 0.0 \
         --bf16 \

@@ -23,6 +23,7 @@ from tessel.config.preprocess import PreprocessConfig
 from tessel.config.preprocess_flags import PREPROCESSING
 from tessel.config.run import RunConfig
 from tessel.config.schema import Option, normal_flag, options
+from tessel.config.validate import validate
 from tessel.config.verbs import GenerateConfig
 from tessel.drop_in.rewrites import REWRITES
 from tessel.errors import UsageError
@@ -118,7 +119,9 @@ def refusal(verb: str, argv: Sequence[str]) -> str | None:
     """Why a verb would not take a command line; None if it would."""
     cls, foreign = _READERS[verb]
     try:
-        parse(cls, argv, f"tessel {verb}", foreign)
+        cfg = parse(cls, argv, f"tessel {verb}", foreign).value
+        if isinstance(cfg, RunConfig):
+            validate(cfg)
     except UsageError as error:
         return str(error)
     return None

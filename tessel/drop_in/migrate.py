@@ -87,7 +87,7 @@ def _migrated(call: Call, suite: str) -> Migrated | None:
         command = Command(command.verb, _launched(launch, command.arguments))
         remarks += [str(remark) for remark in said]
         dropped += [remark.kind for remark in said]
-        problem = refusal(command.verb, command.arguments.argv)
+        problem = refusal(command.verb, _addressed(command.arguments).argv)
         remarks += [f"tessel {command.verb} would say: {problem}"] if problem else []
         commands.append(command)
     return Migrated(call.line, program, tuple(commands), tuple(dict.fromkeys(remarks)), tuple(dropped))
@@ -102,6 +102,13 @@ def _said(launch: Arguments) -> tuple[Arguments, list[str]]:
             launch = launch.without(flag)
             remarks.append(f"{flag} is still to be said: the script has {value}")
     return launch, remarks
+
+
+def _addressed(arguments: Arguments) -> Arguments:
+    """`arguments` with the address of a machine where a script has this one's, which its user changes."""
+    if arguments.value("--nnodes") in (None, "1"):
+        return arguments
+    return arguments.without("--master-addr").plus("--master-addr", "machine-0")
 
 
 def _launched(launch: Arguments, arguments: Arguments) -> Arguments:

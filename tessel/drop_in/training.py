@@ -7,6 +7,7 @@ from pathlib import Path
 from tessel.config.run import ModelShape
 from tessel.config.schema import convert, options
 from tessel.drop_in.arguments import Arguments, Given
+from tessel.drop_in.aside import set_aside
 from tessel.drop_in.commands import Command, Translation
 
 _FORMATS = {"mindspeed": "torch", "modellink": "torch", "pai": "torch_dist"}
@@ -19,7 +20,7 @@ _MAY_DIFFER = ("--norm-epsilon", "--layernorm-epsilon", "--rotary-base")
 def training(suite: str, arguments: Arguments) -> Translation:
     """Train as the suite's program would: from the same start, on the same data, with its own format beside hf/."""
     remarks: list[str] = []
-    for step in (_start, _data, _model, _machines, _saving):
+    for step in (_start, _data, _model, _machines, _saving, set_aside):
         arguments, said = step(suite, arguments)
         remarks += said
     if not arguments.has("--attention-dropout") or not arguments.has("--hidden-dropout"):
@@ -96,6 +97,8 @@ def _saving(suite: str, arguments: Arguments) -> tuple[Arguments, list[str]]:
     """The suite's own format, too, so that its other programs can read what was trained."""
     if not arguments.has("--save") or arguments.has("--ckpt-format"):
         return arguments, []
+    if arguments.has("--lora-r") or arguments.has("--lora-load"):
+        return arguments, ["of adapters the adapters alone are saved, as peft has them; --lora-load takes the folder"]
     name = _FORMATS[suite]
     if arguments.has("--no-shared-storage"):
         remark = f"with --no-shared-storage each machine keeps its part of a checkpoint: in no {name}, but in torch_dcp"

@@ -86,7 +86,8 @@ def check(line: list[str]) -> None:
     for command in done.commands:
         command, remarks = tidy(command)
         assert {remark.kind for remark in remarks} <= {Kind.MEANINGLESS}, remarks
-        assert refusal(command.verb, command.arguments.argv) is None
+        words = [word.replace("localhost", "machine-0") for word in command.arguments.argv]  # as a user of several does
+        assert refusal(command.verb, words) is None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def check(line: list[str]) -> None:
         ),
         (
             "mindspeed-llm/examples/mcore/qwen3_moe/ckpt_convert_qwen3_moe_235b_hf2mcore.sh",
-            "--target-pipeline-parallel-size 4 --target-expert-parallel-size 32",
+            "--num-layers-per-virtual-pipeline-stage 8 --noop-layers 94,95 --target-expert-parallel-size 32",
         ),
         (
             "mindspeed-llm/examples/mcore/qwen3_moe/tune_qwen3_30b_a3b_4K_full_ptd.sh",

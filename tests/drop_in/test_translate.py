@@ -221,6 +221,50 @@ def test_flags_that_mean_one_of_tessels(line: str, wanted: str) -> None:
     assert " ".join(one("mindspeed", "pretrain_gpt.py", line)[1].argv) == wanted
 
 
+@pytest.mark.parametrize(
+    ("line", "kept", "why"),
+    [
+        (
+            "--sequence-parallel --use-ascend-coc",
+            "",
+            "--sequence-parallel left out, as by the suite: --tensor-model-par",
+        ),
+        (
+            "--sequence-parallel --tensor-model-parallel-size 2",
+            "--sequence-parallel --tensor-model-parallel-size 2",
+            "",
+        ),
+        ("--use-ascend-mc2 --tensor-model-parallel-size 2", "--tensor-model-parallel-size 2", "no --sequence-parallel"),
+        (
+            "--recompute-granularity full --recompute-method block --swap-attention",
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+            "--swap-attention left out",
+        ),
+        (
+            "--recompute-num-layers 4",
+            "",
+            "--recompute-num-layers left out, as by the suite: no --recompute-granularity",
+        ),
+        ("--is-instruction-dataset --is-pairwise-dataset", "--is-pairwise-dataset", "what the data is"),
+        ("--context-parallel-size 4 --ulysses-degree-in-cp 2", "--context-parallel-size 4", "no hybrid_cp_algo"),
+        (
+            "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2",
+            "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2",
+            "",
+        ),
+    ],
+)
+def test_what_a_suite_sets_aside_is_left_out(line: str, kept: str, why: str) -> None:
+    _, arguments, said = one("mindspeed", "pretrain_gpt.py", line)
+    assert " ".join(arguments.argv) == kept
+    assert why in said
+
+
+def test_of_adapters_the_adapters_are_saved() -> None:
+    _, arguments, said = one("mindspeed", "posttrain_gpt.py", "--load m --save s --lora-r 8")
+    assert not arguments.has("--ckpt-format") and "the adapters alone are saved" in said
+
+
 def test_tidy_keeps_what_acts() -> None:
     line = "--lr 1 --use-mcore-models --spec a b --fp8-format hybrid --no-such-flag 3 --layernorm-epsilon 1e-6"
     (command,) = translate("mindspeed", "pretrain_gpt.py", line.split()).commands

@@ -7,6 +7,6 @@
 : "${NNODES:=2}" "${TP:=8}" "${PP:=2}"
 : "${SEQ_LEN:=4096}" "${MBS:=2}" "${GBS:=1024}" "${TRAIN_ITERS:=5000}"
 : "${SPLIT:=949,50,1}" "${EVAL_ITERS:=10}" "${EVAL_INTERVAL:=1000}" "${LR:=0.00015}"
-: "${MIN_LR:=1.0e-5}"
+: "${MIN_LR:=1.0e-5}" "${WEIGHT_DECAY:=1e-2}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
-pretrain --weight-decay 1e-2 --use-mc2 "$@"
+pretrain --use-mc2 "$@"

@@ -6,7 +6,8 @@
 : "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-34b-hf/}}"
 : "${TP:=1}" "${PP:=2}"
 : "${SEQ_LEN:=4096}" "${MBS:=4}" "${GBS:=128}" "${TRAIN_ITERS:=1000}"
-: "${LR:=5.0e-5}" "${MIN_LR:=1.0e-6}" "${PROMPT_TYPE:=llama2}" "${LORA_R:=8}" "${LORA_ALPHA:=16}"
+: "${LR:=5.0e-5}" "${MIN_LR:=1.0e-6}" "${WEIGHT_DECAY:=1e-2}" "${PROMPT_TYPE:=llama2}" "${LORA_R:=8}"
+: "${LORA_ALPHA:=16}"
 TRAINER=pretrain_gpt.py
 source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
-tune --variable-seq-lengths --weight-decay 1e-2 "$@"
+tune --variable-seq-lengths "$@"

@@ -6,7 +6,8 @@
 : "${TOKENIZER_PATH:=${TOKENIZER_MODEL:-./model_from_hf/llama2-34b-hf/}}"
 : "${TP:=8}" "${PP:=1}"
 : "${SEQ_LEN:=4096}" "${MBS:=2}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
-: "${LR:=1.5e-4}" "${MIN_LR:=1.0e-5}" "${PROMPT_TYPE:=llama2}" "${LORA_R:=16}" "${LORA_ALPHA:=32}"
+: "${LR:=1.5e-4}" "${MIN_LR:=1.0e-5}" "${WEIGHT_DECAY:=1e-2}" "${PROMPT_TYPE:=llama2}"
+: "${LORA_R:=16}" "${LORA_ALPHA:=32}"
 TRAINER=pretrain_gpt.py
 source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
-tune --weight-decay 1e-2 "$@"
+tune "$@"

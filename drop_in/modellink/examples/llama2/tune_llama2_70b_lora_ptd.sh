@@ -7,7 +7,8 @@
 : "${TP:=1}" "${PP:=4}"
 : "${SEQ_LEN:=4096}" "${MBS:=2}" "${GBS:=128}" "${TRAIN_ITERS:=1000}"
 : "${EVAL_ITERS:=10}" "${EVAL_INTERVAL:=1000}" "${LR:=1.0e-5}" "${MIN_LR:=1.0e-6}"
-: "${PROMPT_TYPE:=llama2}" "${LORA_R:=8}" "${LORA_ALPHA:=16}"
+: "${WEIGHT_DECAY:=1e-2}" "${ADAM_BETA2:=0.999}" "${PROMPT_TYPE:=llama2}" "${LORA_R:=8}"
+: "${LORA_ALPHA:=16}"
 TRAINER=pretrain_gpt.py
 source "$(dirname "${BASH_SOURCE[0]}")/../../../examples.sh"
-tune --variable-seq-lengths --weight-decay 1e-2 --adam-beta2 0.999 "$@"
+tune --variable-seq-lengths "$@"

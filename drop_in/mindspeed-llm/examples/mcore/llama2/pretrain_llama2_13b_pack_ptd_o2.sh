@@ -5,9 +5,10 @@
 : "${DATA_PATH:=./dataset/enwiki_text_document}"
 : "${TOKENIZER_PATH:=./model_from_hf/llama-2-13b-hf/}"
 : "${TP:=1}" "${PP:=4}"
+: "${VPP=5}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=128}" "${TRAIN_ITERS:=5000}"
 : "${SPLIT:=949,50,1}" "${EVAL_ITERS:=10}" "${EVAL_INTERVAL:=1000}" "${LR:=1e-6}" "${MIN_LR:=1e-8}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
 pretrain --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 \
-    --recompute-activation-function --num-layers-per-virtual-pipeline-stage 5 --reset-attention-mask \
+    --grad-reduce-in-bf16 --recompute-activation-function --reset-attention-mask \
     --use-distributed-optimizer --overlap-param-gather "$@"

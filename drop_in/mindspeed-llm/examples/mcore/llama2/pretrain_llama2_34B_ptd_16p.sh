@@ -7,6 +7,6 @@
 : "${NNODES:=2}" "${TP:=8}" "${PP:=2}"
 : "${SEQ_LEN:=4096}" "${MBS:=2}" "${GBS:=1024}" "${TRAIN_ITERS:=2000}"
 : "${SPLIT:=949,50,1}" "${EVAL_ITERS:=10}" "${EVAL_INTERVAL:=1000}" "${LR:=1.0e-7}"
-: "${MIN_LR:=1.0e-8}"
+: "${MIN_LR:=1.0e-8}" "${WEIGHT_DECAY:=1e-2}" "${ADAM_BETA2:=0.999}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --weight-decay 1e-2 --adam-beta2 0.999 "$@"
+pretrain "$@"

@@ -5,9 +5,10 @@
 : "${DATA_PATH:=./dataset/enwiki_text_document}"
 : "${TOKENIZER_PATH:=./model_from_hf/llama-2-70b-hf/}"
 : "${NNODES:=4}" "${TP:=8}" "${PP:=4}"
+: "${VPP=5}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
 : "${SPLIT:=949,50,1}" "${EVAL_ITERS:=10}" "${EVAL_INTERVAL:=1000}" "${LR:=1.0e-6}"
 : "${MIN_LR:=1.0e-7}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --adam-eps 1e-5 --reset-attention-mask --num-layers-per-virtual-pipeline-stage 5 \
-    --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 "$@"
+pretrain --adam-eps 1e-5 --reset-attention-mask --use-precision-aware-optimizer --exp-avg-dtype bf16 \
+    --exp-avg-sq-dtype bf16 --grad-reduce-in-bf16 "$@"

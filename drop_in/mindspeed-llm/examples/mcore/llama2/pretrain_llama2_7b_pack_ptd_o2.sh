@@ -8,4 +8,4 @@
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=128}" "${TRAIN_ITERS:=5000}"
 : "${SPLIT:=949,50,1}" "${EVAL_ITERS:=10}" "${EVAL_INTERVAL:=1000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --reset-attention-mask --use-distributed-optimizer --overlap-param-gather "$@"
+pretrain --grad-reduce-in-bf16 --reset-attention-mask --use-distributed-optimizer --overlap-param-gather "$@"

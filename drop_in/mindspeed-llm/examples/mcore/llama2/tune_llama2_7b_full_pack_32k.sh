@@ -6,8 +6,7 @@
 : "${TOKENIZER_PATH:=./model_from_hf/llama-2-7b-hf/}"
 : "${TP:=2}" "${PP:=1}" "${CP:=4}"
 : "${SEQ_LEN:=32768}" "${MBS:=1}" "${GBS:=64}" "${TRAIN_ITERS:=2000}"
-: "${LR:=1.0e-6}" "${PROMPT_TYPE:=llama2}"
+: "${LR:=1.0e-6}" "${MIN_LR:=0}" "${ADAM_BETA2:=0.999}" "${PROMPT_TYPE:=llama2}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --no-check-for-nan-in-loss-and-grad --context-parallel-algo ulysses_cp_algo --ulysses-degree-in-cp 2 \
-    --num-workers 16 --overlap-param-gather --use-distributed-optimizer --adam-beta2 0.999 --adam-eps 1e-5 \
-    --reset-attention-mask "$@"
+tune --no-check-for-nan-in-loss-and-grad --context-parallel-algo ulysses_cp_algo --num-workers 16 \
+    --overlap-param-gather --use-distributed-optimizer --adam-eps 1e-5 --reset-attention-mask "$@"

@@ -6,7 +6,8 @@
 : "${TOKENIZER_PATH:=./model_from_hf/llama-3-8b-hf/}"
 : "${TP:=1}" "${PP:=8}"
 : "${SEQ_LEN:=2048}" "${MBS:=1}" "${GBS:=32}" "${TRAIN_ITERS:=200}"
-: "${LR:=5e-6}" "${MIN_LR:=0.0}" "${PROMPT_TYPE:=llama3}" "${LORA_R:=16}" "${LORA_ALPHA:=32}"
+: "${LR:=5e-6}" "${MIN_LR:=0.0}" "${LR_DECAY_STYLE:=constant}" "${LR_WARMUP_FRACTION:=0.0}"
+: "${WEIGHT_DECAY:=0.0}" "${ADAM_BETA2:=0.999}" "${PROMPT_TYPE:=llama3}" "${LORA_R:=16}"
+: "${LORA_ALPHA:=32}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-prefer --deterministic-mode --no-pad-to-seq-lengths --lr-decay-style constant --weight-decay 0.0 \
-    --lr-warmup-fraction 0.0 --adam-beta2 0.999 "$@"
+prefer --deterministic-mode --no-pad-to-seq-lengths "$@"

@@ -5,6 +5,7 @@
 : "${DATA_PATH:=./dataset/enwiki_text_document}"
 : "${TOKENIZER_PATH:=./model_from_hf/llama-3-70b-hf/}"
 : "${NNODES:=4}" "${TP:=8}" "${PP:=4}"
+: "${NUM_LAYER_LIST=17,20,22,21}"
 : "${SEQ_LEN:=8192}" "${MBS:=1}" "${GBS:=512}" "${TRAIN_ITERS:=1000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --num-layer-list 17,20,22,21 "$@"
+pretrain "$@"

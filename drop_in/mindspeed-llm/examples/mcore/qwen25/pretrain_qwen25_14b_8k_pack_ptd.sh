@@ -5,8 +5,8 @@
 : "${DATA_PATH:=./dataset/alpaca_text_document}"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-14b-hf/}"
 : "${TP:=1}" "${PP:=8}"
+: "${NUM_LAYER_LIST=4,6,7,7,7,7,6,4}"
 : "${SEQ_LEN:=8192}" "${MBS:=1}" "${GBS:=64}" "${TRAIN_ITERS:=2000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
 pretrain --recompute-activation-function --recompute-granularity full --recompute-method block \
-    --recompute-num-layers 6 --num-layer-list 4,6,7,7,7,7,6,4 --seed 42 --reset-attention-mask \
-    --use-distributed-optimizer "$@"
+    --recompute-num-layers 6 --seed 42 --reset-attention-mask --use-distributed-optimizer "$@"

@@ -5,7 +5,7 @@
 : "${DATA_PATH:=./dataset/alpaca_text_document}"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-72b-hf/}"
 : "${NNODES:=16}" "${TP:=8}" "${PP:=4}" "${CP:=4}"
+: "${NUM_LAYER_LIST=17,20,22,21}"
 : "${SEQ_LEN:=32768}" "${MBS:=1}" "${GBS:=32}" "${TRAIN_ITERS:=2000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --context-parallel-algo megatron_cp_algo --num-layer-list 17,20,22,21 --seed 42 \
-    --use-distributed-optimizer --use-ascend-coc "$@"
+pretrain --context-parallel-algo megatron_cp_algo --seed 42 --use-distributed-optimizer --use-ascend-coc "$@"

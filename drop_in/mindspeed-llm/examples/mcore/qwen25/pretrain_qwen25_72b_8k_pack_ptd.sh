@@ -5,7 +5,7 @@
 : "${DATA_PATH:=./dataset/alpaca_text_document}"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-72b-hf/}"
 : "${NNODES:=4}" "${TP:=8}" "${PP:=4}"
+: "${VPP=4}"
 : "${SEQ_LEN:=8192}" "${MBS:=1}" "${GBS:=32}" "${TRAIN_ITERS:=2000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --num-layers-per-virtual-pipeline-stage 4 --seed 42 --use-distributed-optimizer --swap-attention \
-    --reset-attention-mask --use-ascend-coc "$@"
+pretrain --seed 42 --use-distributed-optimizer --swap-attention --reset-attention-mask --use-ascend-coc "$@"

@@ -5,6 +5,7 @@
 : "${DATA_PATH:=./dataset/alpaca_text_document}"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-7b-hf/}"
 : "${TP:=1}" "${PP:=4}"
+: "${NUM_LAYER_LIST=6,8,8,6}"
 : "${SEQ_LEN:=8192}" "${MBS:=1}" "${GBS:=64}" "${TRAIN_ITERS:=1000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --num-layer-list 6,8,8,6 --use-distributed-optimizer --reset-attention-mask --seed 1234 "$@"
+pretrain --use-distributed-optimizer --reset-attention-mask --seed 1234 "$@"

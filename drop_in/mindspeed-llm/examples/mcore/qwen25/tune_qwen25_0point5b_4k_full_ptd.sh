@@ -6,6 +6,6 @@
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-0.5b-hf/}"
 : "${NPUS_PER_NODE:=1}" "${TP:=1}" "${PP:=1}"
 : "${SEQ_LEN:=4096}" "${MBS:=8}" "${GBS:=8}" "${TRAIN_ITERS:=2000}"
-: "${LR:=1e-6}" "${PROMPT_TYPE:=qwen}"
+: "${LR:=1e-6}" "${MIN_LR:=0}" "${WEIGHT_DECAY:=0.0}" "${PROMPT_TYPE:=qwen}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --no-pad-to-seq-lengths --weight-decay 0.0 --seed 42 "$@"
+tune --no-pad-to-seq-lengths --seed 42 "$@"

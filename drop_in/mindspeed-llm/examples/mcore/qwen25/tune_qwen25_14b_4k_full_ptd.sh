@@ -5,8 +5,9 @@
 : "${DATA_PATH:=./finetune_dataset/alpaca}"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-14b-hf/}"
 : "${TP:=4}" "${PP:=2}"
+: "${VPP=8}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=16}" "${TRAIN_ITERS:=2000}"
-: "${LR:=7.75e-7}" "${MIN_LR:=7.75e-8}" "${PROMPT_TYPE:=qwen}"
+: "${LR:=7.75e-7}" "${MIN_LR:=7.75e-8}" "${WEIGHT_DECAY:=0.0}" "${PROMPT_TYPE:=qwen}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --use-distributed-optimizer --overlap-param-gather --num-layers-per-virtual-pipeline-stage 8 \
-    --weight-decay 0.0 --seed 1234 --padded-samples --no-pad-to-seq-lengths "$@"
+tune --use-distributed-optimizer --overlap-param-gather --seed 1234 --padded-samples \
+    --no-pad-to-seq-lengths "$@"

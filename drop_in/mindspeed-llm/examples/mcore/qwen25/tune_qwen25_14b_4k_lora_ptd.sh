@@ -5,8 +5,8 @@
 : "${DATA_PATH:=./finetune_dataset/alpaca}"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-14b-hf/}"
 : "${TP:=1}" "${PP:=4}"
+: "${NUM_LAYER_LIST=13,13,13,9}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=16}" "${TRAIN_ITERS:=2000}"
-: "${PROMPT_TYPE:=qwen}" "${LORA_R:=8}" "${LORA_ALPHA:=16}"
+: "${WEIGHT_DECAY:=0.0}" "${PROMPT_TYPE:=qwen}" "${LORA_R:=8}" "${LORA_ALPHA:=16}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --num-layer-list 13,13,13,9 --use-distributed-optimizer --weight-decay 0.0 --seed 1234 \
-    --padded-samples --no-pad-to-seq-lengths "$@"
+tune --use-distributed-optimizer --seed 1234 --padded-samples --no-pad-to-seq-lengths "$@"

@@ -6,6 +6,6 @@
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-1.5b-hf/}"
 : "${TP:=2}" "${PP:=4}"
 : "${SEQ_LEN:=4096}" "${MBS:=8}" "${GBS:=8}" "${TRAIN_ITERS:=5000}"
-: "${LR:=7.5e-7}" "${PROMPT_TYPE:=qwen}"
+: "${LR:=7.5e-7}" "${MIN_LR:=0}" "${WEIGHT_DECAY:=0.0}" "${PROMPT_TYPE:=qwen}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --no-pad-to-seq-lengths --weight-decay 0.0 --seed 42 "$@"
+tune --no-pad-to-seq-lengths --seed 42 "$@"

@@ -5,9 +5,9 @@
 : "${DATA_PATH:=./finetune_dataset/alpaca}"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-32b-hf/}"
 : "${NPUS_PER_NODE:=16}" "${NNODES:=2}" "${TP:=8}" "${PP:=2}"
+: "${VPP=2}"
 : "${SEQ_LEN:=16384}" "${MBS:=1}" "${GBS:=64}" "${TRAIN_ITERS:=2000}"
 : "${LR:=7.75e-7}" "${MIN_LR:=7.75e-8}" "${PROMPT_TYPE:=qwen}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
 tune --recompute-activation-function --recompute-activation-function-num-layers 1 \
-    --num-layers-per-virtual-pipeline-stage 2 --use-distributed-optimizer --seed 42 --reset-attention-mask \
-    --neat-pack --padded-samples "$@"
+    --use-distributed-optimizer --seed 42 --reset-attention-mask --neat-pack --padded-samples "$@"

@@ -10,4 +10,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
 tune --recompute-granularity full --recompute-method block --recompute-activation-function-num-layers 14 \
     --recompute-activation-function --use-ascend-coc --use-distributed-optimizer --seed 42 \
-    --reset-attention-mask --neat-pack --padded-samples "$@"
+    --reset-attention-mask --neat-pack --padded-samples --recompute-num-layers 1 "$@"

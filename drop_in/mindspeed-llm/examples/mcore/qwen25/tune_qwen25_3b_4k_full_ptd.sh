@@ -6,6 +6,6 @@
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-3b-hf/}"
 : "${TP:=2}" "${PP:=1}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=8}" "${TRAIN_ITERS:=2000}"
-: "${LR:=1.0e-6}" "${PROMPT_TYPE:=qwen}"
+: "${LR:=1.0e-6}" "${MIN_LR:=0}" "${WEIGHT_DECAY:=0.0}" "${PROMPT_TYPE:=qwen}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --no-pad-to-seq-lengths --weight-decay 0.0 --seed 42 "$@"
+tune --no-pad-to-seq-lengths --seed 42 "$@"

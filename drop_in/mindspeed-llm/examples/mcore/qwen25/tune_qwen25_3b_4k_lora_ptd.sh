@@ -8,4 +8,4 @@
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=8}" "${TRAIN_ITERS:=2000}"
 : "${LR:=7.75e-7}" "${MIN_LR:=7.75e-8}" "${PROMPT_TYPE:=qwen}" "${LORA_R:=8}" "${LORA_ALPHA:=16}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --use-distributed-optimizer --use-ascend-mc2 --seed 42 --padded-samples --no-pad-to-seq-lengths "$@"
+tune --use-distributed-optimizer --seed 42 --padded-samples --no-pad-to-seq-lengths "$@"

@@ -6,7 +6,7 @@
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-72b-hf/}"
 : "${NNODES:=4}" "${TP:=8}" "${PP:=4}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=8}" "${TRAIN_ITERS:=2000}"
-: "${LR:=7.75e-7}" "${MIN_LR:=7.75e-8}" "${PROMPT_TYPE:=qwen}"
+: "${LR:=7.75e-7}" "${MIN_LR:=7.75e-8}" "${WEIGHT_DECAY:=0.0}" "${PROMPT_TYPE:=qwen}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --use-distributed-optimizer --overlap-param-gather --weight-decay 0.0 --seed 1234 \
-    --reset-attention-mask --neat-pack --padded-samples "$@"
+tune --use-distributed-optimizer --overlap-param-gather --seed 1234 --reset-attention-mask --neat-pack \
+    --padded-samples "$@"

@@ -6,7 +6,7 @@
 : "${TOKENIZER_PATH:=./model_from_hf/qwen2.5-7b-hf/}"
 : "${TP:=1}" "${PP:=2}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=8}" "${TRAIN_ITERS:=5000}"
-: "${PROMPT_TYPE:=qwen}"
+: "${WEIGHT_DECAY:=0.0}" "${PROMPT_TYPE:=qwen}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-tune --use-distributed-optimizer --overlap-param-gather --weight-decay 0.0 --seed 1234 --padded-samples \
+tune --use-distributed-optimizer --overlap-param-gather --seed 1234 --padded-samples \
     --no-pad-to-seq-lengths "$@"

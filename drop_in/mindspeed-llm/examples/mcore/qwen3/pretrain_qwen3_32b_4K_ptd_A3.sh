@@ -5,7 +5,8 @@
 : "${DATA_PATH:=./dataset/enwiki_text_document}"
 : "${TOKENIZER_PATH:=./model_from_hf/qwen3-32b-hf/}"
 : "${NPUS_PER_NODE:=16}" "${TP:=8}" "${PP:=2}"
+: "${VPP=4}"
 : "${SEQ_LEN:=4096}" "${MBS:=2}" "${GBS:=256}" "${TRAIN_ITERS:=2000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
 pretrain --reset-attention-mask --use-ascend-coc --use-distributed-optimizer --overlap-param-gather \
-    --seed 42 --num-layers-per-virtual-pipeline-stage 4 "$@"
+    --seed 42 "$@"

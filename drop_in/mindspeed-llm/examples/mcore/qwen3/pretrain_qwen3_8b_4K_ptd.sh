@@ -7,4 +7,4 @@
 : "${TP:=1}" "${PP:=2}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=64}" "${TRAIN_ITERS:=2000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --use-distributed-optimizer --overlap-param-gather --use-ascend-coc --seed 42 "$@"
+pretrain --use-distributed-optimizer --overlap-param-gather --seed 42 "$@"

@@ -7,4 +7,4 @@
 : "${NPUS_PER_NODE:=16}" "${TP:=2}" "${PP:=1}"
 : "${SEQ_LEN:=4096}" "${MBS:=1}" "${GBS:=128}" "${TRAIN_ITERS:=2000}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
-pretrain --use-distributed-optimizer --overlap-param-gather --use-ascend-coc --seed 42 "$@"
+pretrain --use-distributed-optimizer --overlap-param-gather --seed 42 "$@"

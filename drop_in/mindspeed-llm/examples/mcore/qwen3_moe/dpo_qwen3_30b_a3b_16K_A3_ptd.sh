@@ -6,10 +6,10 @@
 : "${TOKENIZER_PATH:=./model_from_hf/qwen3-30b-a3b-hf/}"
 : "${NPUS_PER_NODE:=16}" "${NNODES:=2}" "${TP:=2}" "${PP:=8}"
 : "${SEQ_LEN:=16384}" "${MBS:=1}" "${GBS:=64}" "${TRAIN_ITERS:=2000}"
-: "${LR:=5e-8}" "${MIN_LR:=0}" "${PROMPT_TYPE:=qwen3}"
+: "${LR:=5e-8}" "${MIN_LR:=0}" "${LR_DECAY_STYLE:=constant}" "${LR_WARMUP_FRACTION:=0.0}"
+: "${WEIGHT_DECAY:=0.0}" "${ADAM_BETA2:=0.999}" "${PROMPT_TYPE:=qwen3}"
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
 prefer --no-shuffle --deterministic-mode --moe-router-load-balancing-type aux_loss \
-    --moe-aux-loss-coeff 0.001 --use-distributed-optimizer --lr-decay-style constant --weight-decay 0.0 \
-    --lr-warmup-fraction 0.0 --adam-beta2 0.999 --seed 42 --context-parallel-algo megatron_cp_algo \
-    --no-pad-to-seq-lengths --pad-to-multiple-of 2 --recompute-granularity full --recompute-method block \
-    --recompute-num-layers 4 "$@"
+    --moe-aux-loss-coeff 0.001 --use-distributed-optimizer --seed 42 \
+    --context-parallel-algo megatron_cp_algo --no-pad-to-seq-lengths --pad-to-multiple-of 2 \
+    --recompute-granularity full --recompute-method block --recompute-num-layers 4 "$@"

@@ -10,6 +10,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../../../../examples.sh"
 tune --neat-pack --pack --handler-name AlpacaStyleInstructionHandler --expert-tensor-parallel-size 1 \
     --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.001 --use-distributed-optimizer \
-    --swap-optimizer --swap-attention --recompute-granularity full --recompute-method uniform \
-    --recompute-num-layers 1 --reset-attention-mask --seed 42 --manual-gc --manual-gc-interval 50 \
+    --swap-optimizer --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 \
+    --reset-attention-mask --seed 42 --manual-gc --manual-gc-interval 50 \
     --context-parallel-algo ulysses_cp_algo "$@"
