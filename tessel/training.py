@@ -14,7 +14,7 @@ from tessel.config.show import format_config, mark_changes
 from tessel.config.tune import with_defaults
 from tessel.config.validate import advice, validate
 from tessel.entry import note
-from tessel.launch import launch, starts_processes
+from tessel.launch import DEFAULT_PORT, launch, starts_processes
 from tessel.mindspore_engine import support
 from tessel.mindspore_engine.cluster import scheduler
 from tessel.runtime.failure import shown_once
@@ -71,7 +71,7 @@ def _by_mindspore(cfg: RunConfig) -> bool:
 
 def _beside(cfg: RunConfig) -> AbstractContextManager[None]:
     """What runs beside the processes that are started."""
-    return scheduler(cfg.launch) if _by_mindspore(cfg) else nullcontext()
+    return scheduler(cfg.launch, DEFAULT_PORT) if _by_mindspore(cfg) else nullcontext()
 
 
 def _with_defaults(verb: str, parsed: Parsed) -> Parsed:

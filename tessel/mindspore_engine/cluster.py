@@ -23,13 +23,18 @@ _END_WAIT_S = 5.0
 
 
 @contextmanager
-def scheduler(launch: Launch) -> Iterator[None]:
-    """While inside, workers that inherit this environment find a scheduler, and it ends with them."""
+def scheduler(launch: Launch, default_port: int) -> Iterator[None]:
+    """While inside, workers that inherit this environment find a scheduler, and it ends with them.
+
+    It listens beside torch's store: on the port after --master-port, or after `default_port` where several machines
+    must know it; one machine alone takes a free one.
+    """
     if launch.nproc_per_node == 1 and launch.nnodes == "1":
         yield
         return
     num_workers = (launch.nproc_per_node or 1) * int(launch.nnodes)
-    port = _free_port() if launch.master_port is None else launch.master_port + _PORT_OFFSET
+    given = launch.master_port if launch.master_port is not None or launch.nnodes == "1" else default_port
+    port = _free_port() if given is None else given + _PORT_OFFSET
     shared = {"MS_WORKER_NUM": str(num_workers), "MS_SCHED_HOST": launch.master_addr, "MS_SCHED_PORT": str(port)}
     os.environ.update(shared)
     process = None

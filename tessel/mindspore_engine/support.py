@@ -94,6 +94,8 @@ def _refusals(cfg: RunConfig, given: frozenset[str]) -> Iterator[str]:
         yield f"{option.flag}{shown} ({_REMEDIES.get(option.name, _INSTEAD)})"
     if cfg.kernels.recompute_granularity == "selective":
         yield "--recompute-granularity selective (leave it out, or take full)"
+    if ":" in cfg.launch.nnodes:
+        yield f"--nnodes {cfg.launch.nnodes} (give a number of machines)"
     if cfg.runtime.device.partition(":")[0] == "cuda":
         yield f"--device {cfg.runtime.device} (take cpu or npu, or --ai-framework pytorch)"
 

@@ -65,6 +65,22 @@ def deviation(ours: Path, theirs: Path, name: str, kind: str = "train") -> float
     return max(abs(a - b) / abs(b) for a, b in zip(own, other, strict=True))
 
 
+def test_what_several_processes_hold_is_summed(data: Path, tmp_path: Path) -> None:
+    """A tied embedding on two stages, one key/value head on two processes, norms of query and key heads."""
+    shape = [flag for flag in flags(data, None, ITERATIONS) if flag != "--untie-embeddings-and-output-weights"]
+    shape[shape.index("--num-query-groups") + 1] = "1"
+    arguments = [*shape, "--qk-layernorm", "--log-num-zeros-in-grad"]
+    expected, save = tmp_path / "torch", tmp_path / "run"
+    assert cli.main([*arguments, "--save", str(expected)]) == 0
+    more = ["--save", str(save), "--ai-framework", "mindspore", *LAYOUTS["TP2 PP2"][1].split()]
+    done = msrun(4, [*arguments, *more], tmp_path / "logs")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert deviation(save, expected, "lm_loss") < LOSS_TOLERANCE
+    assert deviation(save, expected, "grad_norm") < NORM_TOLERANCE
+    zeros = [[row["num_zeros"] for row in metrics(folder)] for folder in (save, expected)]
+    assert zeros[0] == pytest.approx(zeros[1], abs=8)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_computes_what_one_process_does(layout: str, data: Path, expected: Path, tmp_path: Path) -> None:
     num_processes, more = LAYOUTS[layout]

@@ -1,5 +1,6 @@
 """What the MindSpore engine refuses, and what it asks to be installed; none of it needs MindSpore."""
 
+import os
 import sys
 import types
 from importlib import metadata
@@ -52,6 +53,8 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *more: str, stat
         ("--compile", "--compile (leave"),
         ("--recompute-activations", "--recompute-granularity selective (leave it out, or take full)"),
         ("--device cuda", "--device cuda (take cpu or npu"),
+        ("--nproc-per-node 2 --nnodes 1:2 --master-addr head --master-port 1234",
+         "--nnodes 1:2 (give a number of machines)"),
         ("--profile --profile-step-start 1 --profile-step-end 2", "--profile (leave"),
         ("--optimizer-cpu-offload", "--optimizer-cpu-offload (leave"),
         ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
@@ -135,8 +138,15 @@ def test_a_started_process_takes_its_place_in_the_cluster() -> None:
 
 
 def test_one_process_has_no_scheduler() -> None:
-    with cluster.scheduler(Launch(nproc_per_node=1)) as process:
-        assert process is None
+    with cluster.scheduler(Launch(nproc_per_node=1), 29500):
+        assert "MS_SCHED_PORT" not in os.environ
+
+
+def test_several_machines_agree_on_the_schedulers_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with cluster.scheduler(Launch(nproc_per_node=2, nnodes="2", node_rank=1, master_addr="head"), 29500):
+        found = {name: os.environ[name] for name in ("MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT")}
+    assert found == {"MS_WORKER_NUM": "4", "MS_SCHED_HOST": "head", "MS_SCHED_PORT": "29501"}
 
 
 def test_a_checkpoint_of_mindspores_tensors_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
