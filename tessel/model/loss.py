@@ -57,7 +57,7 @@ def chunked_linear_cross_entropy(
     z_loss_coeff: float = 0.0,
     part: VocabularyPart | None = None,
 ) -> Tensor:
-    """sum_n weights_n * nll_n, a scalar in fp32; with a z-loss, a second term, and the result is both: [2].
+    """sum_n weights_n * nll_n, a scalar in fp32, without gradients in fp64; with a z-loss, a second term, and the result is both: [2].
 
     The second is sum_n weights_n * z_loss_coeff * logZ_n^2. What is minimised is their sum: backward
     goes through `.sum()`, since the gradient of both is had at once.
@@ -89,7 +89,8 @@ def chunked_linear_cross_entropy(
                 total = total + _KnownGradient.apply(source, gradient, total.detach())
         return total
     nll_N, log_z_N = _token_losses(hidden_ND, weight_VD, labels_N, weights_N != 0, chunk, part)
-    return _weighted_sum(nll_N, log_z_N, weights_N, z_loss_coeff)
+    # In fp64: DPO takes differences of sums of thousands, of which fp32 would leave three decimals.
+    return _weighted_sum(nll_N.double(), log_z_N.double(), weights_N, z_loss_coeff)
 
 
 def chunked_nll(

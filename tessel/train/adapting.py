@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from tessel.model.init import initialize_
 from tessel.model.layers import Linear
 from tessel.model.lora import Adapter
 from tessel.model.transformer import Transformer
+from tessel.parallel.apply import release_gathered
 from tessel.train.source import Kind, Source, find_source
 
 
@@ -130,3 +132,35 @@ def _start_magnitudes(part: Transformer) -> None:
             held = part_of(module.weight)
             weight = held.values if module.nf4 is None else module.nf4.weight(held.values, held.start[0])
             local_of(module.lora.magnitude).copy_(module.lora.norms(weight))
+
+
+class StartingAdapters:
+    """The adapters that a run begins with: what is stored, however far its own have been trained."""
+
+    @torch.no_grad()
+    def __init__(self, parts: Sequence[Transformer], tiles: Mapping[str, Tile], stored: StoredAdapter) -> None:
+        self._parts = parts
+        trained = [parameter for part in parts for name, parameter in part.named_parameters() if is_adapter(name)]
+        self._own = [local_of(parameter) for parameter in trained]
+        self._other = [own.clone() for own in self._own]
+        for part in parts:
+            fill_adapters(part, stored.tensors, tiles=tiles)
+        self._exchange()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While entered, they stand where those of the run do."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for part in self._parts:
+            release_gathered(part)
+        for own, other in zip(self._own, self._other, strict=True):
+            kept = own.clone()
+            own.copy_(other)
+            other.copy_(kept)

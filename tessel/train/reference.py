@@ -17,7 +17,7 @@ from tessel.model.config import ModelConfig
 from tessel.parallel.groups import Groups
 from tessel.parallel.runner import Runner
 from tessel.runtime.log import log
-from tessel.train.adapting import Adapting
+from tessel.train.adapting import Adapting, StartingAdapters
 from tessel.train.identity import dataset_identity
 from tessel.train.learner import Learner
 from tessel.train.preference import Preferences, without_adapters
@@ -27,7 +27,7 @@ from tessel.train.source import Kind, Source, find_source
 
 
 def reference_source(cfg: RunConfig, adapters: bool) -> Source | None:
-    """Where the reference's weights come from; None where the frozen model of the adapters is the reference.
+    """Where the reference's weights come from; None where it is the model as it is before adapters are trained.
 
     Raises:
         UsageError: --load is missing: a random model is no reference.
@@ -70,6 +70,10 @@ def build_preferences(
     as_reference: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     if known and None not in known.values():
         pass  # no second model is read
+    elif source is None and adapting is not None and adapting.stored is not None:
+        log(f"reference: the model with the adapters of {adapting.stored.folder}, with which the run begins")
+        start = StartingAdapters(learner.parts, learner.tiles, adapting.stored)
+        reference, as_reference = learner.runner, start.in_place
     elif source is None:
         log("reference: the model without its adapters")
         reference, as_reference = learner.runner, functools.partial(without_adapters, learner.parts)
@@ -89,10 +93,14 @@ def build_preferences(
 def _place(cfg: RunConfig, source: Source | None, adapting: Adapting | None, split: str, loader: Loader) -> Path:
     base = source if source is not None or adapting is None else adapting.base
     assert base is not None and base.folder is not None
-    held = "plain" if source is not None or adapting is None else adapting.spec.weights
+    held, start = "plain", []
+    if source is None and adapting is not None:
+        held = adapting.spec.weights
+        start = [] if adapting.stored is None else [folder_digest(Path(adapting.stored.folder))]
     parts = [
         folder_digest(base.folder), str(base.iteration), str(compute_dtype(cfg.precision)), held,
         *dataset_identity(loader.dataset), str(cfg.batch.seq_length), str(cfg.finetune.cut_max_seqlen),
-        str(cfg.finetune.no_cut_token), *([] if split == "train" else [split]),
+        str(cfg.finetune.no_cut_token), *start,
+        *([] if split == "train" else [split]),
     ]  # fmt: skip
     return place_of(loader, parts)

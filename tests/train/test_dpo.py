@@ -73,7 +73,10 @@ def steps(save: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def pairs_of(prefix: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+Answer = tuple[torch.Tensor, torch.Tensor]
+
+
+def pairs_of(prefix: Path) -> list[tuple[Answer, Answer]]:
     """Ids and labels of each chosen and each rejected answer, in order."""
     rows = []
     for side in ("chosen", "rejected"):
@@ -154,7 +157,7 @@ def test_pairs_are_evaluated(
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (flags[2], other)]
 
     @torch.no_grad()
-    def ratio(answer: tuple[torch.Tensor, torch.Tensor]) -> float:
+    def ratio(answer: Answer) -> float:
         ids, labels = answer
         mask = labels[1:] >= 0
         of = [model(ids[None].long()).logits[0, :-1].log_softmax(-1)[mask] for model in models]
@@ -190,6 +193,39 @@ def test_adapters_are_measured_against_their_model(flags: list[str], tmp_path: P
     named = tmp_path / "named"
     assert main([*flags, "--save", str(named), "--lora-r", "4", "--ref-model", flags[2]]) == 0
     assert [s["lm_loss"] for s in steps(named)] == pytest.approx([s["lm_loss"] for s in found], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "",
+        pytest.param(
+            "--nproc-per-node 2 --micro-batch-size 1 --data-parallel-sharding-strategy optim_grads_params",
+            marks=pytest.mark.layouts,
+        ),
+    ],
+)
+def test_adapters_that_go_on_are_measured_against_their_start(
+    layout: str, flags: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    """As in MindSpeed-LLM: beside what --lora-load names, merged, the run is the same; a resumed one, too."""
+    first, merged = tmp_path / "first", tmp_path / "merged"
+    assert main([*flags, "--save", str(first), "--lora-r", "4"]) == 0
+    assert main(["merge", "--lora-load", str(first), "--save", str(merged)]) == 0
+    going_on = [*flags, "--lora-load", str(first)]
+    assert main([*going_on, "--save", str(tmp_path / "named"), "--ref-model", str(merged)]) == 0
+    capsys.readouterr()
+    if layout:
+        tessel([*going_on, "--save", str(tmp_path / "run"), *layout.split()])
+    else:
+        assert main([*going_on, "--save", str(tmp_path / "run"), "--exit-interval", "2"]) == 0
+        assert "with which the run begins" in capsys.readouterr().out
+        assert main([*going_on, "--save", str(tmp_path / "run")]) == 0
+    found, expected = steps(tmp_path / "run"), steps(tmp_path / "named")
+    assert found[0]["lm_loss"] == pytest.approx(0.6931472, rel=1e-6)
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("lm_loss", "grad_norm", "rewards/margins"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), (ours["iteration"], name)
 
 
 @pytest.mark.parametrize(
