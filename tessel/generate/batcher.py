@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tessel.errors import TesselError
 from tessel.generate.cache import KeyValueCache
-from tessel.generate.request import Event, Finish, Request
+from tessel.generate.request import Event, Finish, Guide, Request
 from tessel.generate.sampling import next_token
 from tessel.generate.text import Decoder, StopStrings, TextStream
 from tessel.model.config import ModelConfig
@@ -50,6 +50,13 @@ class _Running:
     stream: TextStream
     stops: StopStrings
     generator: torch.Generator | None
+    guide: Guide | None
+
+    @property
+    def is_likeliest(self) -> bool:
+        """Whether its next token is the likeliest, without any more ado."""
+        sampling = self.request.sampling
+        return sampling.greedy and sampling.repetition_penalty == 1.0 and self.guide is None
 
     @property
     def num_new(self) -> int:
@@ -87,8 +94,9 @@ class Batcher:
     `max_running`: texts in a step. `max_tokens`: tokens of prompts and continuations that running texts may come
     to together; a request waits until there is room, and none is ever thrown out. `prefill_tokens`: prompt tokens
     in a step, so that a long prompt does not stop the others for long. `kept_tokens`: tokens of ended texts that are
-    kept for prompts that begin alike; 0 keeps none. `agree` turns the tokens that were chosen in a step into those
-    that are taken: processes that hold one model must take the same.
+    kept for prompts that begin alike; 0 keeps none. `guide` makes what holds a text to its request's grammar. `agree`
+    turns the tokens that were chosen in a step into those that are taken: processes that hold one model must take the
+    same.
     """
 
     def __init__(
@@ -101,11 +109,13 @@ class Batcher:
         max_tokens: int = 1 << 20,
         prefill_tokens: int = 1024,
         kept_tokens: int = 0,
+        guide: Callable[[str], Guide] | None = None,
         agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
     ) -> None:
         self._model, self._decoder, self._device = model, decoder, torch.device(device)
         self._max_running, self._max_tokens = max_running, max_tokens
-        self._prefill_tokens, self._kept_tokens, self._agree = prefill_tokens, kept_tokens, agree
+        self._prefill_tokens, self._kept_tokens = prefill_tokens, kept_tokens
+        self._guide, self._agree = guide, agree
         self._cache = KeyValueCache()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Running] = {}
@@ -220,6 +230,7 @@ class Batcher:
             TextStream(self._decoder, request.prompt_ids),
             StopStrings(request.stop_strings),
             generator,
+            None if self._guide is None or request.grammar is None else self._guide(request.grammar),
         )
 
     def _open(self, prompt: np.ndarray) -> int:
@@ -292,14 +303,18 @@ class Batcher:
         text.append(token)
         piece, met = text.stops.push(text.stream.push(token))
         if met:
+            return self._end(text, token, piece, "stop", logits_V, is_cut=True)
+        if text.guide is not None and text.guide.take(token):
             return self._end(text, token, piece, "stop", logits_V)
         if text.num_tokens == text.end:
             return self._end(text, token, piece, "length", logits_V)
         return Event(text.number, token, piece, *_logprobs(logits_V, token, request.num_logprobs))
 
-    def _end(self, text: _Running, token: int | None, piece: str, finish: Finish, logits_V: Tensor) -> Event:
+    def _end(
+        self, text: _Running, token: int | None, piece: str, finish: Finish, logits_V: Tensor, is_cut: bool = False
+    ) -> Event:
         """The last event of a text, with what was held back, unless a stop string has cut it."""
-        if not (finish == "stop" and token is not None):
+        if not is_cut:
             rest, met = text.stops.push(text.stream.finish())
             piece += rest if met else rest + text.stops.finish()
         self._leave(text)
@@ -309,18 +324,15 @@ class Batcher:
 
 def _chosen(logits_RV: Tensor, done: Sequence[tuple[_Running, int]]) -> list[int]:
     """The next token of each text whose row of logits is there; where that is the likeliest, of all in one go."""
-    samplings = [text.request.sampling for text, _ in done]
-    is_likeliest = [sampling.greedy and sampling.repetition_penalty == 1.0 for sampling in samplings]
-    rows = [row for (_, row), plain in zip(done, is_likeliest, strict=True) if plain]
+    rows = [row for text, row in done if text.is_likeliest]
     likeliest = iter(logits_RV[rows].argmax(dim=-1).tolist() if rows else ())
-    return [
-        next(likeliest) if plain else _drawn(logits_RV[row], text)
-        for (text, row), plain in zip(done, is_likeliest, strict=True)
-    ]
+    return [next(likeliest) if text.is_likeliest else _drawn(logits_RV[row], text) for text, row in done]
 
 
 def _drawn(logits_V: Tensor, text: _Running) -> int:
     seen = torch.from_numpy(text.ids[: text.num_tokens]).to(logits_V.device)
+    if text.guide is not None:
+        logits_V = text.guide.allowed(logits_V)
     return next_token(logits_V, text.request.sampling, text.generator, seen)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from tessel.generate.sampling import GREEDY, Sampling
 
@@ -21,6 +23,7 @@ class Request:
         stop_strings: strings that end the text; it is cut before them.
         seed: seed of this text's draws; None draws from torch's own generator. One seed gives one text, whatever
             runs beside it.
+        grammar: what the text is held to, in the words of the batcher's `guide`; None for nothing.
         num_logprobs: log-probabilities wanted: None for none, 0 for those of the tokens themselves, n for the n
             likeliest of each step as well. They are the model's: before penalty, temperature and limits.
     """
@@ -32,6 +35,19 @@ class Request:
     stop_strings: tuple[str, ...] = ()
     seed: int | None = None
     num_logprobs: int | None = None
+    grammar: str | None = None
+
+
+class Guide(Protocol):
+    """Holds a text to a grammar, token by token."""
+
+    def allowed(self, logits_V: Tensor) -> Tensor:
+        """Logits [V] with -inf for tokens that cannot come next."""
+        ...
+
+    def take(self, token: int) -> bool:
+        """Go on with a token; whether the text is whole then."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tessel.data.instruct.dialogue import ASSISTANT, FUNCTION, OBSERVATION, USER, Dialogue, Message
 from tessel.errors import TesselError
@@ -15,7 +15,8 @@ from tessel.generate.load import Opened
 from tessel.generate.request import Request
 from tessel.generate.sampling import Sampling
 from tessel.serve.errors import ApiError
-from tessel.serve.protocol import Asked, ChatBody, ChatMessage, CompletionBody
+from tessel.serve.grammars import Grammars
+from tessel.serve.protocol import Asked, ChatBody, ChatMessage, CompletionBody, Function, NamedTool
 
 _COMPLETION_TOKENS = 16
 """New tokens of /v1/completions where the client does not say, as OpenAI has it."""
@@ -36,6 +37,7 @@ class Asker:
     no_template: str
     max_new_tokens: int
     cache_tokens: int
+    grammars: Grammars
 
     def chat(self, body: ChatBody) -> list[Request]:
         """A request for each of `n` answers.
@@ -55,7 +57,27 @@ class Asker:
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         stop_ids = self.opened.stop_ids | self.template.stop_ids()
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._requests(body, [ids], asked, stop_ids, num_logprobs, "messages")
+        requests = self._requests(body, [ids], asked, stop_ids, num_logprobs, "messages")
+        grammar = self._grammar(body, self.template, ids)
+        return requests if grammar is None else [replace(request, grammar=grammar) for request in requests]
+
+    def _grammar(self, body: ChatBody, template: ChatTemplate, prompt_ids: tuple[int, ...]) -> str | None:
+        """What the answer is held to."""
+        asked, functions = body.response_format, functions_to_call(body)
+        has_format = asked is not None and asked.type != "text"
+        if not functions and not has_format:
+            return None
+        param = "tool_choice" if functions else "response_format"
+        if functions and has_format:
+            raise ApiError(400, "A call that must be made has no response_format; leave one of the two out.", param)
+        if template.begins_in_thought(prompt_ids):
+            raise ApiError(
+                400, "The answer begins with a thought; set chat_template_kwargs.enable_thinking to false.", param
+            )
+        if functions:
+            return self.grammars.of_call(functions, template, param)
+        schema = asked.json_schema.content if asked is not None and asked.json_schema is not None else None
+        return self.grammars.of_json(schema, param)
 
     def complete(self, body: CompletionBody) -> list[Request]:
         """`n` requests for each prompt, those of the first prompt first.
@@ -166,6 +188,23 @@ def dialogue_of(body: ChatBody) -> Dialogue:
     functions = [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in tools]
     written = tuple(_message(message, number) for number, message in enumerate(messages))
     return Dialogue(written, system, json.dumps(functions, ensure_ascii=False) if functions else "")
+
+
+def functions_to_call(body: ChatBody) -> list[Function]:
+    """Those of which one must be called; empty where none must.
+
+    Raises:
+        ApiError: there is no such function.
+    """
+    choice, functions = body.tool_choice, [tool.function for tool in body.tools or ()]
+    if choice in (None, "none", "auto"):
+        return []
+    if isinstance(choice, NamedTool):
+        functions = [function for function in functions if function.name == choice.function.name]
+    if not functions:
+        name = f" {choice.function.name!r}" if isinstance(choice, NamedTool) else ""
+        raise ApiError(400, f"tool_choice asks for a function{name} that is not in tools.", "tool_choice")
+    return functions
 
 
 def _message(message: ChatMessage, number: int) -> Message:

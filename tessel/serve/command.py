@@ -23,6 +23,7 @@ from tessel.generate.lockstep import in_step
 from tessel.runtime.world import World
 from tessel.serve.app import Service, make_app
 from tessel.serve.asking import Asker
+from tessel.serve.grammars import Grammars
 
 _USUAL_TOKENS = 8192
 """Of a text, where --cache-tokens does not say how many there is room for."""
@@ -42,12 +43,12 @@ def serve(
     with (
         _listening_first(cfg) as listener,
         open_for_use(cfg.loading, cfg.tokenizer, cfg.launch, shape=cfg.model, given=given) as opened,
-        in_step(opened, **batcher_options(opened, cfg.limits)) as batcher,
+        in_step(opened, guide=(grammars := Grammars(opened)).guide, **batcher_options(opened, cfg.limits)) as batcher,
     ):
         if batcher is None or listener is None:
             return
         name = cfg.served_model_name or _name_of(cfg)
-        service = Service(name, asker_of(opened, batcher, cfg.templating, cfg.limits), cfg.limits)
+        service = Service(name, asker_of(opened, batcher, grammars, cfg.templating, cfg.limits), cfg.limits)
         server = Server(service, listener, server_key(cfg), is_loopback(cfg.host), on_ready)
         for line in (*opened.notes, *_notes(cfg, service, server.url)):
             print(line, file=sys.stderr, flush=True)
@@ -68,7 +69,7 @@ def batcher_options(opened: Opened, limits: Limits) -> dict[str, int]:
     }
 
 
-def asker_of(opened: Opened, batcher: Batcher, templating: Templating, limits: Limits) -> Asker:
+def asker_of(opened: Opened, batcher: Batcher, grammars: Grammars, templating: Templating, limits: Limits) -> Asker:
     """What turns the bodies of requests into work for a batcher, within the limits."""
     template, problem = None, ""
     try:
@@ -79,7 +80,7 @@ def asker_of(opened: Opened, batcher: Batcher, templating: Templating, limits: L
         problem = str(error)
     context = opened.config.max_position_embeddings
     most = context if limits.max_new_tokens is None else min(limits.max_new_tokens, context)
-    return Asker(opened, batcher, template, problem, most, batcher_options(opened, limits)["max_tokens"])
+    return Asker(opened, batcher, template, problem, most, batcher_options(opened, limits)["max_tokens"], grammars)
 
 
 class Server(uvicorn.Server):

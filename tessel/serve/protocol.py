@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Stop = Annotated[list[str], Field(max_length=16)]
 
@@ -77,7 +77,7 @@ class Function(Strict):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # no effect: the model is not held to the schema
+    strict: bool | None = None  # no effect: a call that must be made is held to the schema, others are not
 
 
 class Tool(Strict):
@@ -123,8 +123,37 @@ class ChatMessage(BaseModel):
         return self.content or ""
 
 
+class JsonSchema(Strict):
+    """The form of an answer; without a schema, any object."""
+
+    name: str
+    description: str | None = None  # no effect
+    content: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None  # no effect: the answer is held to the schema in any case
+
+
 class ResponseFormat(Strict):
-    type: Literal["text"]
+    """What an answer is held to."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_what_it_says(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is given with type 'json_schema', and with no other")
+        return self
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    """A function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class TemplateArguments(Strict):
@@ -141,7 +170,7 @@ class ChatBody(Asked):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None  # no effect
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None

@@ -14,7 +14,7 @@ from tessel.data.instruct.tools import Call, parse_calls
 from tessel.errors import TesselError
 from tessel.generate.text import TaggedText
 
-_BEGIN, _END = "<tool_call>", "</tool_call>"
+BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 class Said(NamedTuple):
@@ -28,7 +28,7 @@ class ToolCalls:
     """Takes calls out of a text that grows. What only looks like a call stays text; space around calls goes."""
 
     def __init__(self) -> None:
-        self._tagged = TaggedText(_BEGIN, _END)
+        self._tagged = TaggedText(BEGIN, END)
         self._call: list[str] = []
         self._space = ""
         self._is_after_call = False
@@ -78,7 +78,7 @@ class ToolCalls:
         try:
             calls = tuple(_with_object(call) for call in parse_calls(written))
         except TesselError:
-            said = self._space + _BEGIN + written + (_END if is_whole else "")
+            said = self._space + BEGIN + written + (END if is_whole else "")
             self._space = ""
             return Said(said)
         self._space, self._is_after_call = "", True

@@ -21,6 +21,7 @@ import pytest
 from tests.parallel.processes import run
 from tests.parallel.verbs import join
 from tests.runtime.launched import by_rank, lives, started, wait_for
+from tests.serve.conftest import TEMPLATE
 
 MakeFolder = Callable[..., Path]
 TEXTS = ["the lazy dog", "over the", "the quick brown fox jumps over the lazy dog " * 4, "the lazy dog jumps over it"]
@@ -43,6 +44,30 @@ def complete(url: str, text: str, max_tokens: int, **more: Any) -> str:
         return found
 
 
+def boolean(url: str) -> str:
+    """An answer that is held to a form."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "the dog"}],
+        "response_format": form,
+        "max_tokens": 50,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body | {"seed": 3}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        found: str = json.loads(response.read())["choices"][0]["message"]["content"]
+    assert found in ('{"a": true}', '{"a": false}')
+    return found
+
+
 def leave(url: str) -> None:
     """A client that goes away after the first event of its stream."""
     body = json.dumps({"model": "m", "prompt": "the", "max_tokens": 400, "stream": True, "ignore_eos": True}).encode()
@@ -59,7 +84,7 @@ def asked(url: str) -> list[str]:
         pool.submit(leave, url)
         found = list(pool.map(lambda text, most: complete(url, text, most), TEXTS, NEW_TOKENS))
     drawn = complete(url, TEXTS[0], 12, temperature=1.0, top_p=0.9, seed=5)
-    return [*found, complete(url, TEXTS[2] + "and on", 10), drawn]
+    return [*found, complete(url, TEXTS[2] + "and on", 10), drawn, boolean(url)]
 
 
 def served(folder: str, flags: tuple[str, ...]) -> list[str] | None:
@@ -107,7 +132,7 @@ def served(folder: str, flags: tuple[str, ...]) -> list[str] | None:
 def alone(served_folder: Path) -> list[str]:
     """The answers of one process."""
     (found,) = run(1, served, str(served_folder), ())
-    assert len(found) == 6 and all(found)
+    assert len(found) == 7 and all(found)
     return list(found)
 
 
@@ -120,6 +145,7 @@ def test_processes_that_share_experts_answer_as_one_does(
     tiny_hf_folder: MakeFolder, tiny_tokenizer_folder: Path
 ) -> None:
     folder = tiny_hf_folder("qwen3_moe", tokenizer=tiny_tokenizer_folder, max_position_embeddings=512, num_experts=4)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     (found,) = run(1, served, str(folder), ())
     assert run(2, served, str(folder), LAYOUTS["EP2"]) == [found, None]
 

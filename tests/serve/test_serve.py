@@ -232,7 +232,8 @@ def test_a_tool_answers(client: openai.OpenAI, server: Server, expected: Callabl
         ({"messages": [{"role": "user", "content": "dog " * 600}]}, "messages", "context_length_exceeded"),
         ({"max_tokens": 513}, "max_tokens", None),
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        ({"tool_choice": "always"}, "tool_choice", "invalid_value"),
     ],
 )
 def test_fields_that_are_wrong(change: dict[str, Any], param: str, code: str | None, server: Server) -> None:
