@@ -11,6 +11,7 @@ RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/wh
     "torch==${TORCH}" "torch-npu==${TORCH}" .
 
 # Huawei's scripts put CANN and nnal into the environment of every shell.
+# hadolint ignore=SC2016
 RUN printf '%s\n' '#!/bin/bash' \
     'cann=/usr/local/Ascend/cann; [ -d $cann ] || cann=/usr/local/Ascend/ascend-toolkit' \
     'for script in $cann/set_env.sh /usr/local/Ascend/nnal/atb/set_env.sh; do' \

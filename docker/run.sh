@@ -42,10 +42,12 @@ else
     echo "run.sh: no accelerator under /dev: on the CPU" >&2
 fi
 
-IFS=: read -r -a folders <<< "$MOUNTS"
-for folder in "${folders[@]}"; do
-    arguments+=(-v "$folder:$folder")
-done
+if [ -n "$MOUNTS" ]; then  # before bash 4.4 an empty array counts as unset
+    IFS=: read -r -a folders <<< "$MOUNTS"
+    for folder in "${folders[@]}"; do
+        arguments+=(-v "$folder:$folder")
+    done
+fi
 
 [ $# -gt 0 ] || set -- bash
 exec docker "${arguments[@]}" "${IMAGE:-$image}" "$@"

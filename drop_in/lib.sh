@@ -7,7 +7,8 @@
 #
 # shellcheck shell=bash
 
-set -euo pipefail
+# Not -u: before bash 4.4 an empty array counts as unset.
+set -eo pipefail
 
 : "${PYTHON:=python}"
 : "${MASTER_ADDR:=localhost}"
@@ -16,6 +17,7 @@ set -euo pipefail
 : "${NODE_RANK:=0}"
 : "${NPUS_PER_NODE:=${GPUS_PER_NODE:-8}}"
 : "${ASCEND_ROOT:=/usr/local/Ascend}"
+export -n NPUS_PER_NODE GPUS_PER_NODE NNODES NODE_RANK  # said by flags, and only by them
 
 say() { echo "drop-in: $*" >&2; }
 
@@ -23,8 +25,12 @@ say() { echo "drop-in: $*" >&2; }
 device_environment() {
     local first second found=no
     while read -r first second; do
-        if [ -f "$first" ]; then found=yes && set +u && source "$first" && set -u
-        elif [ -f "$second" ]; then found=yes && set +u && source "$second" && set -u
+        if [ -f "$first" ]; then
+            found=yes
+            source "$first" || true
+        elif [ -f "$second" ]; then
+            found=yes
+            source "$second" || true
         fi
     done <<PLACES
 $ASCEND_ROOT/cann/set_env.sh $ASCEND_ROOT/ascend-toolkit/set_env.sh
