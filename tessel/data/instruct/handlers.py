@@ -44,7 +44,7 @@ _TEMPLATED = {
     "R1SharegptStyleInstructionHandler": _Kind("sharegpt", "prompts"),
 }
 _UNKNOWN_RULE = {
-    "HunyuanInstructionHandler": "what it writes is not documented",
+    "HunyuanInstructionHandler": "it needs Hunyuan's own tokenizer, whose answers stand between two marks",
     "LlamaFactoryInstructionHandler": "it reads data sets by their names in a registry",
 }  # fmt: skip
 HANDLERS = (*PRETRAIN_HANDLERS, *PLAIN_PROMPTS, MOSS_TURNS, *_TEMPLATED)
