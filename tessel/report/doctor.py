@@ -47,6 +47,7 @@ NEEDS = (
     Need("tensorboard", "tensorboard", ("pretrain",), "--tensorboard-dir", "tensorboard"),
     Need("wandb", "wandb", ("pretrain",), "--wandb-project", "wandb"),
     Need("swanlab", "swanlab", ("pretrain",), "--swanlab-project", "swanlab"),
+    Need("mindspore", "mindspore", ("pretrain",), "--ai-framework mindspore", "mindspore"),
 )
 
 
