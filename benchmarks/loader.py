@@ -4,8 +4,8 @@
 
 A dataset of documents of a few hundred tokens is read by the loader of a training run, as such a run does: fetch a
 step, let the next one be read ahead, work. The work is a wait for the time that the step takes at that pace. Printed
-is the share of the time that `fetch` took, which the log of a run calls "data wait", and how fast the loader reads
-when nobody paces it.
+is the share of the time that `fetch` took, which the log of a run calls "data wait", the longest wait, which other work
+on the machine makes longer, and how fast the loader reads when nobody paces it.
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ def datasets(folder: Path, num_documents: int, options: SampleOptions, num_sampl
     return BlendedDataset(parts, weights, num_samples)
 
 
-def paced(loader: Loader, num_steps: int, step_s: float) -> tuple[float, float]:
-    """Seconds in all, and those that `fetch` took, of a run whose steps take `step_s` each, or nothing."""
+def paced(loader: Loader, num_steps: int, step_s: float) -> tuple[float, list[float]]:
+    """Seconds in all, and those that each `fetch` took, of a run whose steps take `step_s` each, or nothing."""
     loader.fetch(0, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE)  # the first step of a run has nothing to read it ahead
     loader.prefetch(GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE)
     time.sleep(step_s)
-    before_s, begin_s = loader.stall_s, time.perf_counter()
+    waits_s, begin_s = [], time.perf_counter()
     for step in range(1, num_steps):
+        before_s = loader.stall_s
         loader.fetch(step * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE)
+        waits_s.append(loader.stall_s - before_s)
         loader.prefetch((step + 1) * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE)
         time.sleep(step_s)
-    return time.perf_counter() - begin_s, loader.stall_s - before_s
+    return time.perf_counter() - begin_s, waits_s
 
 
 def main() -> None:
@@ -80,11 +82,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             dataset = datasets(Path(folder), args.documents, options, (num_steps + 2) * GLOBAL_BATCH_SIZE)
             with Loader(dataset, cfg, vocab_size=VOCAB_SIZE) as loader:
-                all_s, stall_s = paced(loader, num_steps, step_s)
+                all_s, waits_s = paced(loader, num_steps, step_s)
                 free_s, _ = paced(loader, num_steps, 0.0)
         print(
             f"{name}: {num_steps} steps of {step_tokens:,} tokens at {args.tokens_per_s:,.0f} tokens/s, "
-            f"{args.workers} threads: waited {stall_s * 1000:.1f} ms of {all_s:.1f} s, {stall_s / all_s:.3%}; "
+            f"{args.workers} threads: waited {sum(waits_s) * 1000:.1f} ms of {all_s:.1f} s, "
+            f"{sum(waits_s) / all_s:.3%}, in one step {max(waits_s) * 1000:.1f} ms at most; "
             f"unpaced {(num_steps - 1) * step_tokens / free_s:,.0f} tokens/s"
         )
 
