@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from tessel.cli import main
 from tessel.data.indexed import IndexedDatasetWriter
 from tessel.errors import TesselError, UsageError
 from tessel.generate.engine import load_model
-from tessel.layout.adapters import AdapterSpec, groups_of
+from tessel.layout.adapters import AdapterSpec, groups_of, is_adapter
 from tessel.model.config import ModelConfig
+from tessel.model.lora import freeze_base
+from tessel.model.transformer import Transformer
 
 MakeFolder = Callable[..., Path]
 ROWS = {"vocab_size": 307}
@@ -80,7 +83,7 @@ def test_trains_as_peft_does(family: str, tiny_hf_folder: MakeFolder, data: Path
 
     folder = tiny_hf_folder(family)
     start = tmp_path / "start"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
@@ -175,6 +178,17 @@ def test_a_resumed_run_is_the_unbroken_one(
     assert held and all(".lora." in name for name in held), "the frozen model is not saved again"
 
 
+def test_the_frozen_model_is_held_in_what_is_computed_in(tiny_hf_folder: MakeFolder) -> None:
+    config = ModelConfig.from_folder(tiny_hf_folder("qwen2"))
+    with torch.device("meta"):
+        model = Transformer(replace(config, adapters=AdapterSpec(3, 5.0, groups_of(["all"]))))
+    freeze_base(model, torch.bfloat16)
+    held: dict[bool, set[Any]] = {True: set(), False: set()}
+    for name, parameter in model.named_parameters():
+        held[is_adapter(name)].add((parameter.dtype, parameter.requires_grad))
+    assert held == {True: {(torch.float32, True)}, False: {(torch.bfloat16, False)}}
+
+
 def test_another_scale_is_another_run(tiny_hf_folder: MakeFolder, data: Path, tmp_path: Path, capsys: Any) -> None:
     folder = tiny_hf_folder("qwen2")
     train(folder, data, tmp_path / "run")
@@ -197,9 +211,6 @@ def test_names_of_every_suite() -> None:
 
 
 def random_adapter(config: ModelConfig, spec: AdapterSpec) -> dict[str, torch.Tensor]:
-    from dataclasses import replace
-
-    from tessel.layout.adapters import is_adapter
     from tessel.layout.sharding import parameters
 
     torch.manual_seed(1)
