@@ -20,12 +20,20 @@ from tessel.drop_in.positional import (
     whole,
     writable,
 )
+from tessel.drop_in.training import config_folder
 from tessel.errors import UsageError
 
 SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
 SIZES_QWEN3 = ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "A3B", "A22B")
 _MIXTURES = {"A3B": "30B-A3B", "A22B": "235B-A22B"}
 _SWITCH = one_of("true", "false")
+_COMPARED = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden size",
+    "rms_norm_eps": "norm epsilon",
+    "rope_theta": "rotary base",
+}
+"""What MODEL_SIZE says in Pai's scripts, by its name in config.json."""
 
 
 def _precision(value: str) -> str | None:
@@ -76,7 +84,6 @@ def _training_arguments(sizes: Sequence[str], of_experts: Sequence[Positional]) 
 QWEN25 = _training_arguments(SIZES, ())
 QWEN3 = _training_arguments(SIZES_QWEN3, (Positional("ETP", whole(1)), Positional("EP", whole(1))))
 _DISTRIBUTED_CONVERTER = (
-    Positional("MODEL_SIZE", one_of(*SIZES)),
     Positional("LOAD_DIR", folder),
     Positional("SAVE_DIR", writable),
     Positional("MG2HF", _SWITCH),
@@ -108,8 +115,18 @@ def run_mcore_qwen3(argv: Sequence[str]) -> Translation:
 
 
 def run_8xh20(argv: Sequence[str]) -> Translation:
-    """distributed_checkpoints_convertor/scripts/*/run_8xH20.sh with its 6 or 7; MODEL_PARALLEL_ARGS says the split."""
-    given = read("run_8xH20.sh", _DISTRIBUTED_CONVERTER, argv)
+    """distributed_checkpoints_convertor/scripts/qwen2_5/run_8xH20.sh with its 6 or 7."""
+    return _distributed(SIZES, argv)
+
+
+def run_8xh20_qwen3(argv: Sequence[str]) -> Translation:
+    """The same for Qwen3."""
+    return _distributed(SIZES_QWEN3, argv)
+
+
+def _distributed(sizes: Sequence[str], argv: Sequence[str]) -> Translation:
+    """MODEL_PARALLEL_ARGS says the split."""
+    given = read("run_8xH20.sh", (Positional("MODEL_SIZE", one_of(*sizes)), *_DISTRIBUTED_CONVERTER), argv)
     words = ["--load", given["LOAD_DIR"], "--save", given["SAVE_DIR"], "--params-dtype", given["PR"]]
     if given["MG2HF"] == "true":
         return _to_hf(words, given["HF_DIR"])
@@ -295,13 +312,16 @@ def _size(family: str, given: Mapping[str, str]) -> list[str]:
     from tessel.model.catalog import known_model
     from tessel.model.config import ModelConfig
 
-    path = Path(given["PRETRAIN_CHECKPOINT_PATH"])
-    if not (path / "config.json").exists():
+    path = config_folder(given["PRETRAIN_CHECKPOINT_PATH"])
+    if path is None:
         return []
     size = given["MODEL_SIZE"]
     named, actual = known_model(f"{family}-{_MIXTURES.get(size, size)}"), ModelConfig.from_folder(path)
-    sizes = [(model.num_hidden_layers, model.hidden_size) for model in (named, actual)]
-    if sizes[0] == sizes[1]:
+    differ = [
+        f"{what} {getattr(named, name)} and {getattr(actual, name)}"
+        for name, what in _COMPARED.items()
+        if getattr(named, name) != getattr(actual, name)
+    ]
+    if not differ:
         return []
-    shown = " and ".join(f"{layers} layers of {hidden}" for layers, hidden in sizes)
-    return [f"MODEL_SIZE {size} and {path / 'config.json'} differ ({shown}): config.json counts"]
+    return [f"MODEL_SIZE {size} and {path / 'config.json'} differ ({', '.join(differ)}): config.json counts"]

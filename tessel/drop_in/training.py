@@ -9,6 +9,7 @@ from tessel.config.schema import convert, options
 from tessel.drop_in.arguments import Arguments, Given
 from tessel.drop_in.aside import set_aside
 from tessel.drop_in.commands import Command, Translation
+from tessel.errors import TesselError
 
 _FORMATS = {"mindspeed": "torch", "modellink": "torch", "pai": "torch_dist"}
 """What a suite saves by itself."""
@@ -107,9 +108,25 @@ def _saving(suite: str, arguments: Arguments) -> tuple[Arguments, list[str]]:
 
 
 def _model_folder(arguments: Arguments) -> Path | None:
-    """The first folder with a config.json among those that the flags name."""
+    """The first folder with a config.json among those that the flags name, or beside the checkpoint in them."""
     names = [arguments.value(flag) for flag in ("--load", "--init-from-config", "--hf-dir")]
-    return next((Path(name) for name in names if name and (Path(name) / "config.json").exists()), None)
+    return next((found for name in names if name and (found := config_folder(name)) is not None), None)
+
+
+def config_folder(name: str) -> Path | None:
+    """The folder with the config.json of a model in any format; None where there is none."""
+    folder = Path(name)
+    if (folder / "config.json").exists():
+        return folder
+    if not folder.is_dir():
+        return None
+    from tessel.checkpoint.detect import companion_folder
+
+    try:
+        found = companion_folder(folder)
+    except TesselError:  # no checkpoint: the verb says so
+        return None
+    return found if found is not None and (found / "config.json").exists() else None
 
 
 def _tokenizer_folder(arguments: Arguments) -> Path | None:

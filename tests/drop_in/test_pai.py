@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tessel.cli import main
 from tessel.config.convert import CONVERSION, ConvertConfig
 from tessel.config.megatron import MEGATRON
 from tessel.config.parser import parse
@@ -76,7 +77,8 @@ def test_the_guides_pretraining(guide: dict[str, str]) -> None:
     assert "/out/checkpoint/pretrain-mcore-qwen2.5-0.5B-lr-1e-5-" in cfg.checkpoint.save
     assert cfg.layout.use_distributed_optimizer and not cfg.layout.sequence_parallel
     assert cfg.launch.nproc_per_node == 1
-    assert "MODEL_SIZE 0.5B and" in said and "(24 layers of 896 and 2 layers of 32): config.json counts" in said
+    assert "MODEL_SIZE 0.5B and" in said
+    assert "(layers 24 and 2, hidden size 896 and 32): config.json counts" in said
 
 
 def test_25_wrong_arguments_are_25_clear_messages(guide: dict[str, str]) -> None:
@@ -145,6 +147,24 @@ def test_qwen3_has_two_more(guide: dict[str, str]) -> None:
     values = {one.name: {"ETP": "1", "EP": "1"}.get(one.name, guide.get(one.name, "")) for one in QWEN3}
     cfg, _ = flags("run_mcore_qwen3.sh", values | {"MODEL_SIZE": "A3B"})
     assert cfg.experts.moe_aux_loss_coeff == 0.001
+
+
+def test_a_norm_or_a_rotary_base_that_differs_is_said(
+    guide: dict[str, str], tiny_hf_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_hf_folder("qwen2", rms_norm_eps=1e-5, rope_theta=10000.0)
+    mg = str(tmp_path / "mg")
+    assert main(["convert", "--load", str(model), "--save", mg, "--to", "torch_dist"]) == 0
+    _, said = flags("run_mcore_qwen.sh", guide | {"PRETRAIN_CHECKPOINT_PATH": mg})
+    assert "norm epsilon 1e-06 and 1e-05, rotary base 1000000.0 and 10000.0): config.json counts" in said
+
+
+def test_qwen3s_converter_has_its_sizes(tiny_hf_folder: Callable[..., Path], tmp_path: Path) -> None:
+    rest = [str(tiny_hf_folder("qwen3")), str(tmp_path / "out"), "false", "true", "bf16"]
+    (command,) = translate("pai", "run_8xH20_qwen3.sh", ["A3B", *rest]).commands
+    assert command.arguments.value("--to") == "torch_dist"
+    with pytest.raises(UsageError, match="argument 1, MODEL_SIZE, is '7B': it must be one of 0.6B"):
+        translate("pai", "run_8xH20_qwen3.sh", ["7B", *rest])
 
 
 def test_converters(tiny_hf_folder: Callable[..., Path], tmp_path: Path) -> None:
