@@ -5,7 +5,7 @@ Scripts for generating repeat the flags of the training run.
 
 from __future__ import annotations
 
-from tessel.config.megatron import ACCEPTED, INSTEAD, LATER, LATER_FAMILIES, Accepted, ForeignFlags
+from tessel.config.megatron import ACCEPTED, INSTEAD, LATER, LATER_FAMILIES, SAME_FILES, Accepted, ForeignFlags
 
 _NOT_TRAINED = "nothing is trained here"
 _OWN_ACCEPTED = {
@@ -20,6 +20,7 @@ _OWN_ACCEPTED = {
             "--lora-dropout": 1, "--lora-fusion": 0, "--exit-on-missing-checkpoint": 0, "--eval-iters": 1,
         }.items()
     },
+    "--ai-framework": Accepted(1, SAME_FILES),
     "--seq-length": Accepted(1, "texts may be as long as the model's context"),
     "--sequence-parallel": Accepted(0, "done where it is needed"),
     "--inference-batch-times-seqlen-threshold": Accepted(1, "texts are computed together as --max-running says"),

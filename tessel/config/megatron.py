@@ -83,6 +83,7 @@ def _later(what: str, flags: str) -> dict[str, str]:
     return dict.fromkeys(flags.split(), what)
 
 
+# Of --ai-framework, where nothing is trained.
 SAME_FILES = "PyTorch does it, and files are the same for every framework"
 
 ACCEPTED: dict[str, Accepted] = {
@@ -163,7 +164,6 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("one parameter's state after the other", "--swap-optimizer-times=1"),
     **{flag: row for reason, flags in SUITES_ACCEPTED.items() for flag, row in _accepted(reason, flags).items()},
     **_accepted("--profile is torch's own profiler, and records every operator and kernel", "--use-pytorch-profiler"),
-    "--ai-framework": Accepted(1, SAME_FILES),  # of the verbs that do not train
     "--sparse-mode": Accepted(1, "always causal", only=("0", "2")),
     "--cp-attention-mask-type": Accepted(1, "masks follow from the documents"),
     "--main-grads-dtype": Accepted(1, "always so", only=("fp32",)),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tessel.config.megatron import ACCEPTED, INSTEAD, LATER, LATER_FAMILIES, Accepted, ForeignFlags
+from tessel.config.megatron import ACCEPTED, INSTEAD, LATER, LATER_FAMILIES, SAME_FILES, Accepted, ForeignFlags
 
 _STREAMED = "input is always streamed, and nothing is cached"
 _MODEL_ROWS = "stored ids do not depend on the rows of the model"
 
 _OWN_ACCEPTED = {
+    "--ai-framework": Accepted(1, SAME_FILES),
     "--streaming": Accepted(0, _STREAMED),
     "--cache-dir": Accepted(1, _STREAMED),
     "--overwrite-cache": Accepted(0, _STREAMED),
