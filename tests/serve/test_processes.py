@@ -188,19 +188,23 @@ def command(verb: str, folder: Path, *flags: str) -> list[str]:
     ]
 
 
-def test_sigterm_ends_all_processes_in_good_order_and_a_lost_one_ends_the_server(served_folder: Path) -> None:
-    for number, status in ((signal.SIGTERM, 0), (signal.SIGKILL, 128 + signal.SIGKILL)):
-        with started(
-            command("serve", served_folder, "--port", "0", "--served-model-name", "m", *LAYOUTS["PP2"])
-        ) as launcher:
-            assert launcher.stderr is not None
-            lines = iter(launcher.stderr.readline, "")
-            url = next(found[0] for line in lines if (found := re.search(r"http://127.0.0.1:\d+", line)))
-            assert len(complete(url, "the dog", 5)) > 0
-            leave(url)
-            ranks = by_rank(launcher.pid)
-            os.kill(launcher.pid if number == signal.SIGTERM else ranks[1], number)
-            _, err = launcher.communicate(timeout=60)
-        assert launcher.returncode == status, err
-        assert ("stopped\n" in err) is (status == 0)
-        wait_for(lambda ranks=ranks: not any(lives(pid) for pid in ranks.values()), "end of the processes")
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGKILL, 128 + signal.SIGKILL, marks=pytest.mark.slow)],
+)
+def test_all_processes_end_with_the_server(number: signal.Signals, status: int, served_folder: Path) -> None:
+    """By SIGTERM to the launcher in good order; by SIGKILL to one that follows with an error."""
+    flags = ("--port", "0", "--served-model-name", "m", *LAYOUTS["PP2"])
+    with started(command("serve", served_folder, *flags)) as launcher:
+        assert launcher.stderr is not None
+        lines = iter(launcher.stderr.readline, "")
+        url = next(found[0] for line in lines if (found := re.search(r"http://127.0.0.1:\d+", line)))
+        assert len(complete(url, "the dog", 5)) > 0
+        leave(url)
+        ranks = by_rank(launcher.pid)
+        os.kill(launcher.pid if status == 0 else ranks[1], number)
+        _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == status, err
+    assert ("stopped\n" in err) is (status == 0)
+    assert (f"rank 1 (pid {ranks[1]}) was killed by SIGKILL" in err) is (status != 0)
+    wait_for(lambda: not any(lives(pid) for pid in ranks.values()), "end of the processes")
