@@ -9,7 +9,7 @@ from pathlib import Path
 def test_every_capability_has_its_row(repository: Path) -> None:
     text = (repository / "docs" / "COVERAGE.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d[\d, to]*) \|.*\| (.+) \|$", text, re.MULTILINE)
-    numbers = []
+    numbers: list[int] = []
     for cell, tests in rows:
         for part in cell.split(", "):
             first, _, last = part.partition(" to ")
