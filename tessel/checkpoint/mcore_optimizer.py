@@ -32,6 +32,7 @@ from tessel.layout.sharding import parameters
 from tessel.model.config import ModelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum_buffer"  # SGD's only state
 DISTRIBUTED_FILE = "distrib_optim.pt"
 _ALIGNMENT = 64
 _BUCKET_ELEMENTS = 40_000_000
@@ -162,10 +163,11 @@ def _of_file(file: RankFile, held: Sequence[Held], files: RankFiles, config: Mod
         yield from _distributed(torch_file.load(distributed), distributed, own, files, config)
         return
     optimizers = _optimizers(file.content)
+    # SGD without momentum has groups alone.
     if any(_inner(optimizer).get("state") for optimizer in optimizers):
         for number, optimizer in enumerate(optimizers):
             yield from _plain(optimizer, _share(own, number, len(optimizers)), file)
-    elif any(groups_of(_inner(optimizer)) for optimizer in optimizers):
+    elif any(group.get("momentum") != 0 for optimizer in optimizers for group in groups_of(_inner(optimizer))):
         raise _Unknown(f"{file.folder} should have it in {DISTRIBUTED_FILE}, which is missing.")
 
 
@@ -180,6 +182,7 @@ def _plain(optimizer: Mapping[str, Any], own: Sequence[Held], file: RankFile) ->
     states, masters = inner.get("state"), _listed(optimizer.get("fp32_from_fp16_params"))
     groups = groups_of(inner)
     by_group = _by_group(groups, own)
+    kinds = MOMENTS if not _is_sgd(states) else (MOMENTUM,)
     for number, (group, items) in enumerate(zip(groups, by_group, strict=True)):
         numbers = group.get("params")
         if not isinstance(states, Mapping) or not isinstance(numbers, list) or len(numbers) != len(items):
@@ -188,7 +191,7 @@ def _plain(optimizer: Mapping[str, Any], own: Sequence[Held], file: RankFile) ->
             entry = states.get(at) if type(at) is int else None
             if not isinstance(entry, Mapping):
                 raise _Unknown(f"group {number} in {file.folder} has a parameter {at!r} without a state.")
-            for kind in MOMENTS:
+            for kind in kinds:
                 yield _Found(kind, item, _checked(entry.get(kind), item, f"{kind} in {file.folder}"))
         halves = [item for item in items if item.tensor.dtype.itemsize == 2]
         own_masters = _listed(masters[number]) if number < len(masters) else []
@@ -196,6 +199,20 @@ def _plain(optimizer: Mapping[str, Any], own: Sequence[Held], file: RankFile) ->
             raise _Unknown(f"group {number} in {file.folder} has other master weights than the model has parameters.")
         for values, item in zip(own_masters, halves, strict=bool(own_masters)):
             yield _Found("param", item, _checked(values, item, f"the master weight in {file.folder}"))
+
+
+def _is_sgd(states: Any) -> bool:
+    """Whether an optimizer's states are those of SGD with momentum."""
+    return isinstance(states, Mapping) and any(
+        isinstance(entry, Mapping) and isinstance(entry.get(MOMENTUM), Tensor) for entry in states.values()
+    )
+
+
+def lacking_states(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> list[str]:
+    """The parameters that have no moments among the states of a model, where others have."""
+    is_sgd = any(name.startswith(f"{MOMENTUM}.") for name in tensors)
+    kinds = (MOMENTUM,) if is_sgd else MOMENTS
+    return [name for name in parameters(config) if tensors and any(f"{kind}.{name}" not in tensors for kind in kinds)]
 
 
 def _by_group(groups: Sequence[Mapping[str, Any]], own: Sequence[Held]) -> list[list[Held]]:
@@ -314,7 +331,7 @@ def _whole(found: Iterable[_Found], config: ModelConfig) -> dict[str, StoredTens
                 continue  # fp32 weights among others have no other master
             raise _Unknown(str(error)) from error
         tensors |= {f"{kind}.{name}": tensor for name, tensor in whole.items()}
-    lacking = [name for name in parameters(config) if tensors and f"exp_avg.{name}" not in tensors]
+    lacking = lacking_states(tensors, config)
     if lacking:
         raise _Unknown(f"{len(lacking)} parameters have no moments in it: {named(lacking)}.")
     return tensors

@@ -26,7 +26,7 @@ from tessel.checkpoint.flat_buffers import ORDERS, Buffers, Spot, add_pieces, pl
 from tessel.checkpoint.fused import pieces
 from tessel.checkpoint.gathered import is_gathered, parts_of_gathered
 from tessel.checkpoint.mcore_names import EMBEDDING_KEY
-from tessel.checkpoint.mcore_optimizer import counters, groups_of, step_of
+from tessel.checkpoint.mcore_optimizer import MOMENTS, MOMENTUM, counters, groups_of, lacking_states, step_of
 from tessel.checkpoint.stored import Assembled, Piece, StoredTensor
 from tessel.checkpoint.torch_dist_keys import Keyed, find, joined_halves
 from tessel.checkpoint.weights import named
@@ -35,14 +35,13 @@ from tessel.layout.sharding import parameters
 from tessel.model.config import ModelConfig
 
 # What `StoredModel.optimizer` calls them, by Megatron's words.
-KINDS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "fp32_param": "param", "param": "param"}
-_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(exp_avg|exp_avg_sq|fp32_param|param)\.(.+)")
+KINDS = {kind: kind for kind in (*MOMENTS, MOMENTUM)} | {"fp32_param": "param", "param": "param"}
+_STATE = re.compile(rf"(?:chained_\d+\.)?optimizer\.state\.({'|'.join(KINDS)})\.(.+)")
 _GROUPS = re.compile(r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_\d+\.optimizer/.+")
 _BUCKET = re.compile(
     r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_[^.]*(?:\.[^.]*){2}"
     r"\.bucket_idx_(\d+)\.(param|exp_avg|exp_avg_sq)"
 )
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # Which optimizer, data-parallel group, buffer and bucket.
 BucketKey = tuple[int, int, int, int]
 
@@ -72,9 +71,7 @@ def optimizer_of(
     else:
         parts, left_out = _parts_of_buckets(found, args, config, weights)
     tensors = _whole(parts, config)
-    lacking = [
-        name for name in parameters(config) if tensors and any(f"{kind}.{name}" not in tensors for kind in _MOMENTS)
-    ]
+    lacking = lacking_states(tensors, config)
     if lacking:
         left_out += (f"The optimizer's state: {len(lacking)} parameters have no moments in it: {named(lacking)}.",)
         tensors = {}

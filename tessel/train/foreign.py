@@ -54,18 +54,22 @@ def run_state(stored: StoredModel, identity: Mapping[str, Any], layout: Mapping[
     }
 
 
-def require_optimizer(stored: StoredModel) -> None:
-    """Refuse to go on with moments that are not there.
+def require_optimizer(stored: StoredModel, has_state: bool = True) -> None:
+    """Refuse to go on with moments that are not there. `has_state`: whether the optimizer has any (SGD may not).
 
     Raises:
         TesselError: the checkpoint has none, or no schedule.
     """
-    what = "the optimizer's state" if not stored.optimizer else "the schedule's numbers"
-    if not stored.optimizer or _SCHEDULE not in stored.state:
-        raise TesselError(
-            f"{stored.folder} was saved without {what}. Pass --no-load-optim to go on from its iteration with a fresh "
-            "optimizer, or --finetune to start at iteration 0."
-        )
+    lacks_state = has_state and not stored.optimizer
+    if not lacks_state and _SCHEDULE in stored.state:
+        return
+    what = "the optimizer's state" if lacks_state else "the schedule's numbers"
+    unread = [line for line in stored.left_out if line.startswith("The optimizer's state")]
+    said = f"{stored.folder}: {unread[0]}" if lacks_state and unread else f"{stored.folder} was saved without {what}."
+    raise TesselError(
+        f"{said} Pass --no-load-optim to go on from its iteration with a fresh optimizer, or --finetune to start at "
+        "iteration 0."
+    )
 
 
 @torch.no_grad()
@@ -104,7 +108,9 @@ def account(stored: StoredModel, taken: bool, with_optimizer: bool) -> Iterator[
         what.append(f"{int(stored.state.get('consumed_train_samples', 0)):,} samples")
         if with_optimizer:
             kinds = [
-                kind for kind in ("exp_avg", "exp_avg_sq") if any(n.startswith(f"{kind}.") for n in stored.optimizer)
+                kind
+                for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+                if any(n.startswith(f"{kind}.") for n in stored.optimizer)
             ]
             what += ["the schedule", *kinds]
             if any(name.startswith(_MASTER) for name in stored.optimizer):

@@ -167,7 +167,8 @@ class _Run:
     def _foreign_state(self, stored: StoredModel) -> dict[str, Any] | None:
         taken = foreign.is_of_a_run(stored) and not self._cfg.checkpoint.finetune
         if taken and self._restores_optimizer:
-            foreign.require_optimizer(stored)
+            optimizer = self._cfg.optimizer
+            foreign.require_optimizer(stored, optimizer.optimizer == "adam" or optimizer.sgd_momentum > 0)
         for line in foreign.account(stored, taken, self._restores_optimizer):
             log(line)
         return foreign.run_state(stored, self._identity, self._layout) if taken else None

@@ -155,6 +155,25 @@ def test_states_come_back(
     assert found.left_out == ("The random state of Megatron's generators, which are not tessel's.",)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momentum_of_sgd_comes_back(tiny_hf_folder: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    source = hf_model(tiny_hf_folder("qwen2"))
+    write_torch(source, tmp_path, Target(tp=2, dtype=dtype))
+    train(tmp_path, Target(tp=2), "plain")
+    for path in tmp_path.glob("iter_*/mp_rank_*/model_optim_rng.pt"):
+        content = torch.load(path, weights_only=False)
+        inner = content["optimizer"].get("optimizer", content["optimizer"])
+        for number, state in inner["state"].items():
+            inner["state"][number] = {"momentum_buffer": state["exp_avg"]}
+        torch.save(content, path)
+    found = open_torch(tmp_path)
+    momentum = "momentum_buffer."
+    assert {name for name in found.optimizer if not name.startswith("param.")} == {momentum + n for n in source.tensors}
+    renamed = {name.replace(momentum, "exp_avg."): state for name, state in found.optimizer.items()}
+    kinds = ("exp_avg",) if dtype == torch.float32 else ("exp_avg", "param")
+    check(replace(found, optimizer=renamed), source, kinds)
+
+
 GROUPS = [
     {"wd_mult": decays, "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1 * decays}
     for decays in (1.0, 0.0)

@@ -175,6 +175,25 @@ def test_optimizer_in_fragments(model: Callable[..., StoredModel], tmp_path: Pat
     assert different(open_torch_dist(tmp_path).optimizer, source.optimizer) == []
 
 
+def test_momentum_of_sgd(model: Callable[..., StoredModel], tmp_path: Path) -> None:
+    source = with_states(model("qwen2"))
+    write_torch_dist(source, tmp_path, Target(), with_optimizer=True)
+    parts = []
+    for key, tensor in read_folder(tmp_path / ITERATION).tensors.items():
+        if not key.startswith(("optimizer.state.exp_avg_sq.", "optimizer.state.param.")):
+            values = tensor.read().clone()  # its file is written anew
+            name = key.replace("optimizer.state.exp_avg.", "optimizer.state.momentum_buffer.")
+            parts.append(Part(name, tuple(values.shape), (0,) * values.dim(), in_memory(name, values)))
+    plan = plan_folder({"__0_0.distcp": parts})
+    for file in plan.files:
+        file.write(tmp_path / ITERATION / file.name)
+    (tmp_path / ITERATION / ".metadata").write_bytes(plan.metadata)
+    found = open_torch_dist(tmp_path).optimizer
+    renamed = {name.replace("momentum_buffer.", "exp_avg."): state for name, state in found.items()}
+    kept = {name: state for name, state in source.optimizer.items() if not name.startswith("exp_avg_sq.")}
+    assert different(renamed, kept) == [] and any(name.startswith("momentum_buffer.") for name in found)
+
+
 def test_boxes_of_what_lies_flat() -> None:
     values = torch.arange(120.0)
     flat = Unflattened(in_memory("flat", values), (), 7, (3, 4, 5))

@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tessel.checkpoint.detect import open_model
 from tessel.cli import main
+from tessel.errors import TesselError
+from tessel.train.foreign import require_optimizer
 from tests.train.runs import NULL_TOKENIZER, loading, write_data
 
 MakeFolder = Callable[..., Path]
@@ -68,6 +72,17 @@ def test_generating_from_a_megatron_checkpoint(
     words = ["--prompt", "the fox", "--greedy", "--max-new-tokens", "8", "--device", "cpu"]
     texts = [run_in(["generate", "--load", source, *words])[1] for source in (folder, tmp_path / "mg")]
     assert texts[0] == texts[1] and texts[0].startswith("the fox")
+
+
+def test_a_state_that_is_not_there_or_not_read(tiny_hf_folder: Callable[..., Path]) -> None:
+    stored = replace(open_model(tiny_hf_folder("qwen2")), state={"opt_param_scheduler": {}})
+    require_optimizer(stored, has_state=False)
+    with pytest.raises(TesselError, match="was saved without the optimizer's state. Pass --no-load-optim"):
+        require_optimizer(stored)
+    with pytest.raises(TesselError, match="qwen2.*: The optimizer's state: of another kind. Pass --no-load-optim"):
+        require_optimizer(replace(stored, left_out=("The optimizer's state: of another kind.",)))
+    with pytest.raises(TesselError, match="without the schedule's numbers"):
+        require_optimizer(replace(stored, state={}), has_state=False)
 
 
 class Case:
