@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tessel.drop_in.arguments import Arguments
+from tessel.drop_in.flags import fields
 
 
 @dataclass(frozen=True)
 class Aside:
-    """A flag with its other spellings, and what it does nothing beside."""
+    """A flag, in any spelling, and what it does nothing beside."""
 
-    flags: tuple[str, ...]
+    flag: str
     is_idle: Callable[[Arguments], bool]
     reason: str
 
@@ -34,24 +35,17 @@ def _is_hybrid(arguments: Arguments) -> bool:
 
 
 _ASIDE = (
-    Aside(("--sequence-parallel",), _is_single("--tensor-model-parallel-size"), "--tensor-model-parallel-size is 1"),
+    Aside("--sequence-parallel", _is_single("--tensor-model-parallel-size"), "--tensor-model-parallel-size is 1"),
+    Aside("--tp-comm-overlap", lambda arguments: not arguments.has("--sequence-parallel"), "no --sequence-parallel"),
+    Aside("--swap-attention", _is_full, "--recompute-granularity full keeps no attention to move"),
+    Aside("--recompute-method", lambda arguments: not _is_full(arguments), "no --recompute-granularity full"),
+    Aside("--recompute-num-layers", lambda arguments: not _is_full(arguments), "no --recompute-granularity full"),
     Aside(
-        ("--tp-comm-overlap", "--use-ascend-mc2", "--use-mc2", "--use-ascend-coc"),
-        lambda arguments: not arguments.has("--sequence-parallel"),
-        "no --sequence-parallel",
-    ),
-    Aside(("--swap-attention",), _is_full, "--recompute-granularity full keeps no attention to move"),
-    Aside(
-        ("--recompute-method", "--recompute-num-layers"),
-        lambda arguments: not _is_full(arguments),
-        "no --recompute-granularity full",
-    ),
-    Aside(
-        ("--is-instruction-dataset",),
+        "--is-instruction-dataset",
         lambda arguments: arguments.has("--is-pairwise-dataset"),
         "--is-pairwise-dataset says what the data is",
     ),
-    Aside(("--ulysses-degree-in-cp",), lambda arguments: not _is_hybrid(arguments), "no hybrid_cp_algo"),
+    Aside("--ulysses-degree-in-cp", lambda arguments: not _is_hybrid(arguments), "no hybrid_cp_algo"),
 )
 
 
@@ -60,7 +54,7 @@ def set_aside(suite: str, arguments: Arguments) -> tuple[Arguments, list[str]]:
     del suite
     remarks = []
     for aside in _ASIDE:
-        given = [flag for flag in aside.flags if arguments.has(flag)]
+        given = [flag for flag in fields("pretrain")[aside.flag].spellings if arguments.has(flag)]
         if given and aside.is_idle(arguments):
             arguments = arguments.without(*given)
             remarks.append(f"{' '.join(given)} left out, as by the suite: {aside.reason}")
