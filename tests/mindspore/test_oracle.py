@@ -9,7 +9,8 @@ import pytest
 from tessel import cli
 from tests.train.runs import metrics
 
-pytestmark = pytest.mark.oracle
+# Minutes each on a busy machine: micro-batches of one row, several times slower than PyTorch.
+pytestmark = [pytest.mark.oracle, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize("case", ["cosine", "blend_eod", "rampup_wsd", "per_token"])
