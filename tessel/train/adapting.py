@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,11 @@ class Adapting:
     base: Source
     stored: StoredAdapter | None
 
+    @property
+    def start(self) -> Path | None:
+        """The folder of what is stored."""
+        return None if self.stored is None else self.stored.folder
+
     def describe(self) -> str:
         """One line for the log."""
         spec = self.spec
@@ -56,7 +62,9 @@ def adapting(cfg: RunConfig, source: Source, config: ModelConfig) -> Adapting | 
     """
     if not cfg.lora.is_on:
         return None
-    stored = None if cfg.lora.lora_load is None else open_adapter(cfg.lora.lora_load, config)
+    # What a run that learns preferences began with is its reference, to the end.
+    start = cfg.lora.lora_load or (_start_of(source) if cfg.finetune.is_pairwise_dataset else None)
+    stored = None if start is None else open_adapter(start, config)
     spec = _spec(cfg.lora, stored)
     adapts_experts = spec.experts and bool({"gate_proj", "up_proj", "down_proj"} & set(spec.targets))
     if spec.dora and config.num_experts and adapts_experts:
@@ -94,6 +102,15 @@ def _spec(lora: Lora, stored: StoredAdapter | None) -> AdapterSpec:
     if lora.use_dora and not stored.spec.dora:
         raise UsageError(f"--use-dora: the adapter in {stored.folder} has no learned lengths. Leave the flag out.")
     return replace(stored.spec, dropout=lora.lora_dropout, weights=held)
+
+
+def _start_of(source: Source) -> str | None:
+    """The adapters that a run that goes on began with, if it was with stored ones."""
+    if source.kind is not Kind.RESUME:
+        return None
+    assert source.folder is not None and source.iteration is not None
+    start: str | None = run_checkpoint.read_state(source.folder, source.iteration).get("adapters", {}).get("start")
+    return start
 
 
 def _holds_weights(source: Source) -> bool:

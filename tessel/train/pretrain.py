@@ -301,8 +301,10 @@ class _Run:
     def _saver(self, resumed: Position | None) -> RunSaver:
         description = {"identity": self._identity, "config": self._cfg.to_dict(), "layout": self._layout}
         if self._adapting is not None:
-            base = self._adapting.base.folder
-            description["adapters"] = {"base": None if base is None else str(base.absolute())}
+            folders = {"base": self._adapting.base.folder, "start": self._adapting.start}
+            description["adapters"] = {
+                name: None if folder is None else str(folder.absolute()) for name, folder in folders.items()
+            }
         return RunSaver(
             self._cfg.checkpoint,
             self._learner,
