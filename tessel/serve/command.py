@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -27,6 +29,8 @@ from tessel.serve.grammars import Grammars
 
 _USUAL_TOKENS = 8192
 """Of a text, where --cache-tokens does not say how many there is room for."""
+_LAST_WORDS_S = 5
+"""After --shutdown-timeout-s, for requests to be told that they are cut off."""
 
 
 def serve(
@@ -100,7 +104,7 @@ class Server(uvicorn.Server):
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(round(service.limits.shutdown_timeout_s), 1),
+            timeout_graceful_shutdown=round(service.limits.shutdown_timeout_s) + _LAST_WORDS_S,
         )
         super().__init__(config)
         self.service, self._listener, self._on_ready = service, listener, on_ready
@@ -118,9 +122,22 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._on_ready(self)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn; requests that take longer than they may end with an error."""
+        loop, worker = asyncio.get_running_loop(), self.service.worker
+        timer = loop.call_later(self.service.limits.shutdown_timeout_s, worker.end)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal ends the server; a second one ends it without waiting for requests."""
+        if self.should_exit:
+            self.service.worker.end()
+        self.should_exit = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals end the server; a second one ends it without waiting for requests."""
+        """Signals come to `handle_exit`, and are not raised anew at the end."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -134,9 +134,13 @@ class Worker:
                 self._commands.put(_Cancel(key))
         job.is_cancelled = True
 
-    async def stop(self) -> None:
-        """End the thread after its present step; jobs that are left are lost."""
+    def end(self) -> None:
+        """End the thread after its present step; jobs that are left are told so. A signal handler may call it."""
         self._commands.put(None)
+
+    async def stop(self) -> None:
+        """`end`, and wait for it."""
+        self.end()
         await asyncio.to_thread(self._thread.join)
 
     def _hand_out(self, events: list[tuple[int, Event]]) -> None:

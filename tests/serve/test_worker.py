@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 import threading
+import time
+import urllib.request
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,6 +17,7 @@ from tessel.generate.batcher import Batcher
 from tessel.generate.request import Event, Request
 from tessel.serve import worker
 from tessel.serve.worker import Job, Worker
+from tests.serve.conftest import serving
 
 
 class Counting:
@@ -61,3 +67,29 @@ def test_a_text_that_ends_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) ->
         return found
 
     assert asyncio.run(serve()) == [[3], [200]], "each whole, at its end"
+
+
+@pytest.mark.parametrize(("timeout_s", "num_signals"), [("0.2", 1), ("60", 2)])
+def test_a_request_that_outlasts_the_server_is_told_so(
+    timeout_s: str, num_signals: int, served_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of --shutdown-timeout-s, or at a second signal."""
+    step = Batcher.step
+
+    def slow_step(self: Batcher) -> list[Event]:
+        time.sleep(0.05)
+        return step(self)
+
+    monkeypatch.setattr(Batcher, "step", slow_step)
+    body = {"model": "tiny", "prompt": "the dog", "max_tokens": 400, "stream": True, "ignore_eos": True}
+    with serving(served_folder, "--shutdown-timeout-s", timeout_s) as server:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert response.readline().startswith(b"data: ")
+            for _ in range(num_signals):
+                server.handle_exit(signal.SIGTERM, None)
+            events = response.read().split(b"\n\n")
+    assert events[-2:] == [b"data: [DONE]", b""]
+    assert json.loads(events[-3].removeprefix(b"data: "))["error"]["code"] == "server_shutting_down"
+    assert not server.has_failed
