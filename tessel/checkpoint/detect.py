@@ -100,7 +100,7 @@ def companion_folder(
 
 
 def _unknown(folder: Path) -> str:
-    if folder.is_file():
+    if not folder.is_dir():
         return f"{folder} is a file. Give the folder that holds it: {folder.parent}."
     looked = (
         "a Hugging Face model (config.json with model.safetensors, its index, or the .bin files), a run of tessel "

@@ -153,7 +153,8 @@ ACCEPTED: dict[str, Accepted] = {
     **_accepted("tessel's checkpoints have one format and check every tensor", (
         "--ckpt-fully-parallel-save --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load "
         "--ckpt-assume-constant-structure --dist-ckpt-strictness=1 --use-persistent-ckpt-worker "
-        "--use-mp-args-from-checkpoint-args --ckpt-drop-redundant-extra-state --verify-integrity"
+        "--use-mp-args-from-checkpoint-args --ckpt-drop-redundant-extra-state --verify-integrity "
+        "--dist-ckpt-optim-fully-reshardable"
     )),
     **_accepted("--load takes any format, and hf/ is always written at the end", (
         "--enable-hf2mg-convert --enable-mg2hf-convert"

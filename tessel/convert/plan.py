@@ -83,6 +83,12 @@ def target_of(cfg: ConvertConfig, source: StoredModel) -> Target:
     degrees = cfg.degrees
     pp, layers = degrees.pipeline_model_parallel_size, source.config.num_hidden_layers
     noops = numbers_of("--noop-layers", degrees.noop_layers) or ()
+    ends = (degrees.decoder_first_pipeline_num_layers, degrees.decoder_last_pipeline_num_layers)
+    if degrees.num_layer_list is not None and ends != (None, None):
+        raise UsageError(
+            "--num-layer-list says the layers of every stage: leave it out, or leave out "
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
+        )
     num_chunks = 2 if degrees.schedules_method == "dualpipev" else 1
     per_stage = degrees.num_layers_per_virtual_pipeline_stage
     if per_stage is not None:

@@ -114,7 +114,10 @@ def begin(save: Path, identity: str) -> Iterator[Work]:
     """
     folder = save.absolute().parent / f".{save.absolute().name}.converting"
     with disk_errors(save):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise TesselError(f"{folder.parent} takes no folders, so --save {save} cannot be there.") from error
         with open(folder / _JOURNAL, "a+", encoding="utf-8") as journal:
             try:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)

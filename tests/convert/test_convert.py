@@ -23,6 +23,7 @@ from tessel.convert.work import MANIFEST, Work
 
 MakeFolder = Callable[..., Path]
 Run = Callable[..., Any]
+PP2 = ("--pipeline-model-parallel-size", 2)
 TP2_PP2 = ("--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2)
 
 
@@ -319,6 +320,7 @@ def test_values_that_fp16_cannot_hold(tiny_hf_folder: MakeFolder, tmp_path: Path
         (("--num-layers-per-virtual-pipeline-stage", 1), "--pipeline-model-parallel-size"),
         (("--expert-model-parallel-size", 2), "no experts"),
         (("--num-layer-list", "1,x"), "commas between"),
+        ((*PP2, "--num-layer-list", "1,1", "--decoder-last-pipeline-num-layers", 1), "of every stage"),
         (("--tensor-model-parallel-size", 0), "at least 1"),
         (("--workers", 0), "--workers"),
         (("--to", "gguf"), "--to"),
@@ -351,6 +353,8 @@ def test_a_source_that_is_nothing(tmp_path: Path, tessel: Run) -> None:
     assert said.status == 1 and "holds no checkpoint: looked for" in said.err
     said = tessel("convert", "--load", tmp_path / "nowhere", "--save", tmp_path / "mg")
     assert said.status == 1 and "does not exist" in said.err
+    said = tessel("convert", "--load", "/dev/null", "--save", tmp_path / "mg")
+    assert said.status == 1 and "/dev/null is a file" in said.err
 
 
 def test_two_conversions_to_one_place(tiny_hf_folder: MakeFolder, tmp_path: Path, tessel: Run) -> None:
