@@ -169,10 +169,16 @@ def _training(script: str, family: str, given: Mapping[str, str]) -> Translation
     remarks.append(
         "optimizer and random state are saved, so that the run can go on; the script's --no-save-optim cannot"
     )
-    if not _iterations(given)[0]:
+    num_iterations, num_warmup = _iterations(given)
+    if not num_iterations:
         raise UsageError(
             f"{script}: TRAIN_TOKENS_OR_ITERS {given['TRAIN_TOKENS_OR_ITERS']} tokens are less than one iteration of "
             f"{given['GLOBAL_BATCH_SIZE']} x {given['SEQ_LEN']}: give more, or set SFT to true, where it is iterations."
+        )
+    if num_warmup >= _decay(given):
+        raise UsageError(
+            f"{script}: WARMUP_TOKENS_OR_ITERS {given['WARMUP_TOKENS_OR_ITERS']} is {num_warmup} iterations, and the "
+            f"learning rate decays over {_decay(given)}: it must be less."
         )
     return Translation((_command("pretrain", words),), tuple(remarks))
 
@@ -270,8 +276,7 @@ def _data(given: Mapping[str, str]) -> tuple[list[str], list[str]]:
 
 def _length(given: Mapping[str, str]) -> tuple[list[str], list[str]]:
     steps, warmup = _iterations(given)
-    decay = steps - warmup if given["SFT"] == "true" else steps
-    words = ["--train-iters", str(steps), "--lr-warmup-iters", str(warmup), "--lr-decay-iters", str(max(decay, 1))]
+    words = ["--train-iters", str(steps), "--lr-warmup-iters", str(warmup), "--lr-decay-iters", str(_decay(given))]
     remark = f"{steps} iterations, {warmup} of them warm-up"
     if given["SFT"] == "false":
         remark += f": {given['TRAIN_TOKENS_OR_ITERS']} tokens / {given['GLOBAL_BATCH_SIZE']} / {given['SEQ_LEN']}"
@@ -285,6 +290,12 @@ def _iterations(given: Mapping[str, str]) -> tuple[int, int]:
         return train, warmup
     batch = int(given["GLOBAL_BATCH_SIZE"]) * int(given["SEQ_LEN"])
     return train // batch, warmup // batch
+
+
+def _decay(given: Mapping[str, str]) -> int:
+    """Iterations over which the learning rate decays: when fine-tuning, those after the warm-up."""
+    steps, warmup = _iterations(given)
+    return max(steps - warmup if given["SFT"] == "true" else steps, 1)
 
 
 def _output(family: str, given: Mapping[str, str]) -> list[str]:

@@ -105,6 +105,12 @@ def test_a_wrong_number_of_arguments_is_shown_with_what_was_given(guide: dict[st
 def test_what_arguments_say_together(guide: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="10 tokens are less than one iteration of 8 x 128"):
         flags("run_mcore_qwen.sh", guide | {"TRAIN_TOKENS_OR_ITERS": "10"})
+    with pytest.raises(
+        UsageError, match="WARMUP_TOKENS_OR_ITERS 6 is 6 iterations, and the learning rate decays over 4"
+    ):
+        flags(
+            "run_mcore_qwen.sh", guide | {"SFT": "true", "TRAIN_TOKENS_OR_ITERS": "10", "WARMUP_TOKENS_OR_ITERS": "6"}
+        )
     monkeypatch.setattr(pai, "device_count", lambda: 3)
     with pytest.raises(UsageError, match="TP 2 x PP 1 x CP 1 is 2, which does not divide the 3 processes"):
         flags("run_mcore_qwen.sh", guide | {"TP": "2"})
