@@ -34,7 +34,7 @@ class World:
         LOCAL_RANK decides: RANK and WORLD_SIZE without it count the machines of a scheduler, and are not read.
 
         Raises:
-            UsageError: part of torchrun's variables is missing, or is no number.
+            UsageError: part of torchrun's variables is missing, or is no number, or there is no port to meet at.
         """
         if "LOCAL_RANK" not in environment:
             return cls._of_msrun(environment) if "MS_ROLE" in environment else cls()
@@ -45,6 +45,11 @@ class World:
                 "Start with torchrun or --nproc-per-node, or unset LOCAL_RANK for one process."
             )
         rank, world_size, local_world_size = (_number(environment, name) for name in _NEEDED)
+        if world_size > 1 and environment.get("MASTER_PORT") == "0":
+            raise UsageError(
+                "MASTER_PORT is 0, which is no port: torchrun --master-port 0 tells its processes none, and they would "
+                "wait for one another forever. Give a port that is free, or torchrun --standalone."
+            )
         return cls(
             rank=rank,
             world_size=world_size,

@@ -43,6 +43,11 @@ def test_part_of_an_environment_is_refused() -> None:
         World.from_environment(TORCHRUN | {"WORLD_SIZE": "many"})
 
 
+def test_processes_without_a_port_are_refused_instead_of_hanging() -> None:
+    with pytest.raises(UsageError, match="MASTER_PORT is 0.*torchrun --standalone"):
+        World.from_environment(TORCHRUN | {"MASTER_PORT": "0"})
+
+
 def test_counts_of_machines_are_remarked_upon_where_they_count_several() -> None:
     assert "WORLD_SIZE=2 and RANK=1 without LOCAL_RANK" in (unread_counts({"WORLD_SIZE": "2", "RANK": "1"}) or "")
     assert unread_counts({"WORLD_SIZE": "1", "RANK": "0"}) is None
