@@ -57,7 +57,7 @@ def chunked_linear_cross_entropy(
     z_loss_coeff: float = 0.0,
     part: VocabularyPart | None = None,
 ) -> Tensor:
-    """sum_n weights_n * nll_n, a scalar in fp32, without gradients in fp64; with a z-loss, a second term, and the result is both: [2].
+    """sum_n weights_n * nll_n, a scalar in fp32, without gradients in fp64; with a z-loss a second term, too: [2].
 
     The second is sum_n weights_n * z_loss_coeff * logZ_n^2. What is minimised is their sum: backward
     goes through `.sum()`, since the gradient of both is had at once.
