@@ -31,7 +31,8 @@ class Source:
 
     input: tuple[str, ...] = option(
         REQUIRED,
-        "files, folders or globs of .jsonl (also .gz, .zst), .json, .parquet, .csv, .arrow or .txt",
+        "files, folders or globs of .jsonl (also .gz, .zst), .json, .parquet, .csv, .arrow or .txt; with --dataset-dir "
+        "names of data sets",
         nargs="+",
         metavar="FILE",
     )
@@ -62,7 +63,7 @@ class Target:
     seq_length: int | None = option(None, "most tokens of an instruction sample, or the size of a pack")
     pad_to_multiple_of: int = option(1, "with --compatible mindspeed: pad documents with the id after the vocabulary")
     shuffle: bool = option(False, "write documents in an order drawn from --seed")
-    seed: int = option(1234, "seed of --shuffle")
+    seed: int = option(1234, "seed of --shuffle and of --interleave-probs")
     merge_group_keys: tuple[str, ...] = option(
         (), "no text: merge the datasets in the folder --input whose names hold a key", nargs="+", metavar="KEY"
     )
@@ -93,6 +94,18 @@ class Instructions:
     drop_thinking: str | None = option(
         None, "leave thoughts out of all answers but the last of a dialogue", choices=("true", "false")
     )
+    dataset_dir: str | None = option(
+        None, "folder of a LLaMA-Factory dataset_info.json, whose data sets --input names", metavar="DIR"
+    )
+    mix_strategy: str = option(
+        "concat",
+        "of several data sets: one after another, or in turn until one is used up (under) or all are (over)",
+        choices=("concat", "interleave_under", "interleave_over"),
+    )
+    interleave_probs: str | None = option(
+        None, "draw the data set of each sample with these probabilities, not in turn", metavar="P,P,..."
+    )
+    max_samples: int | None = option(None, "with --dataset-dir: only so many first rows of each data set")
     map_keys: str | None = option(
         None, "JSON: which columns hold prompt, query, response, history, ...", metavar="JSON"
     )

@@ -32,10 +32,6 @@ _OWN_INSTEAD = {
 }
 _OWN_LATER = {
     "--hf-datasets-params": "arguments of datasets.load_dataset",
-    **dict.fromkeys(
-        ("--dataset-dir", "--interleave-probs", "--mix-strategy", "--max-samples"),
-        "a registry of data sets (name the files with --input, and mix by weights in --data-path)",
-    ),
     **dict.fromkeys(("--data-obfuscation", "--obf-seed-content"), "obfuscation of data"),
     "--reward-tokens": "reward models",
     "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": "this setting of a tokenizer",
@@ -45,7 +41,7 @@ _FIELDS = frozenset(
         "--handler-name", "--partitions", "--keep-sequential-samples", "--pack", "--neat-pack", "--prompt-type",
         "--enable-thinking", "--pad-to-multiple-of", "--train-on-prompt", "--mask-history", "--map-keys", "--n-subs",
         "--merge-group-keys", "--split-sentences", "--keep-newlines", "--lang", "--input", "--output-prefix",
-        "--workers", "--append-eod", "--extra-vocab-size", "--patch-tokenizer-type",
+        "--workers", "--append-eod", "--extra-vocab-size", "--patch-tokenizer-type", "--mix-strategy",
     }
 )  # fmt: skip
 """Fields of `PreprocessConfig` that other verbs do without."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,9 @@ PRETRAIN_HANDLERS = (
     "StackOverflowPythonPretrainHandler",
 )
 """Handlers of MindSpeed-LLM that write plain text; the others write instructions."""
+
+REGISTRY_HANDLER = "LlamaFactoryInstructionHandler"
+"""The handler of MindSpeed-LLM whose --input names data sets of a registry."""
 
 
 def validate_preprocess(cfg: PreprocessConfig) -> PreprocessConfig:
@@ -72,6 +76,33 @@ def shares(text: str) -> list[float]:
     return [value / sum(values) for value in values]
 
 
+def probabilities_of(cfg: PreprocessConfig, num_sets: int) -> list[float] | None:
+    """--interleave-probs, one for each data set; None where none are given.
+
+    Raises:
+        UsageError: not so many numbers, a negative one, another sum than 1, or a 0 that would never end.
+    """
+    text = cfg.interleave_probs
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--interleave-probs is {text!r}: it must be numbers, such as 0.7,0.3.") from error
+    if len(values) != num_sets:
+        raise UsageError(
+            f"--interleave-probs is {text!r}, {len(values)} for {num_sets} data sets: give one for each of --input."
+        )
+    if not all(value >= 0 for value in values) or not math.isclose(sum(values), 1, abs_tol=1e-8):
+        raise UsageError(f"--interleave-probs is {text!r}: none may be negative, and their sum must be 1.")
+    if cfg.mix_strategy == "interleave_over" and not all(values):
+        raise UsageError(
+            f"--interleave-probs is {text!r}: with interleave_over all data sets are used up, and one that is never "
+            "drawn would not be. Leave its name out of --input."
+        )
+    return values
+
+
 def shard_of(cfg: PreprocessConfig) -> tuple[int, int]:
     """Which part of how many --shard asks for, the part counted from 0; (0, 1) is all.
 
@@ -94,7 +125,9 @@ def is_instructions(cfg: PreprocessConfig) -> bool:
 
 
 def _check_ranges(cfg: PreprocessConfig) -> None:
-    for name in ("workers", "partitions", "n_subs", "pad_to_multiple_of", "log_interval", "seq_length", "preview"):
+    for name in (
+        "workers", "partitions", "n_subs", "pad_to_multiple_of", "log_interval", "seq_length", "preview", "max_samples",
+    ):  # fmt: skip
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
@@ -179,6 +212,31 @@ def _check_text(cfg: PreprocessConfig) -> None:
         )
 
 
+def _check_registry(cfg: PreprocessConfig) -> None:
+    """Flags of a registry of data sets belong together."""
+    if cfg.handler_name != REGISTRY_HANDLER:
+        for name in ("dataset_dir", "interleave_probs", "max_samples"):
+            if getattr(cfg, name) is not None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is for data sets of a registry: add --handler-name "
+                    f"{REGISTRY_HANDLER}, or leave it out."
+                )
+        if cfg.mix_strategy != "concat":
+            raise UsageError(
+                f"--mix-strategy {cfg.mix_strategy} is for data sets of a registry: add --handler-name "
+                f"{REGISTRY_HANDLER}, or mix by weights in --data-path."
+            )
+        return
+    if cfg.dataset_dir is None:
+        raise UsageError(f"--handler-name {REGISTRY_HANDLER} needs --dataset-dir, the folder of dataset_info.json.")
+    if cfg.interleave_probs is not None and cfg.mix_strategy == "concat":
+        raise UsageError("--interleave-probs needs --mix-strategy interleave_under or interleave_over.")
+    if cfg.map_keys is not None:
+        raise UsageError(f"--map-keys: {REGISTRY_HANDLER} takes the columns of dataset_info.json; name them there.")
+    if cfg.shard is not None:
+        raise UsageError(f"--shard {cfg.shard}: data sets are mixed as a whole; leave it out.")
+
+
 def _check_parts(cfg: PreprocessConfig) -> None:
     """Parts that the input is cut into."""
     _, num_shards = shard_of(cfg)
@@ -202,5 +260,6 @@ _RULES: tuple[Callable[[PreprocessConfig], None], ...] = (
     _check_keys,
     _check_instructions,
     _check_text,
+    _check_registry,
     _check_parts,
 )

@@ -9,11 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import tessel
-from tessel.config.preprocess_rules import is_instructions, shard_of
+from tessel.config.preprocess_rules import REGISTRY_HANDLER, is_instructions, shard_of
 from tessel.data.encoding import BlockEncoder, Encoded
 from tessel.data.encoding_log import encoding_log
 from tessel.data.indexed import IndexedDataset, IndexedDatasetWriter
@@ -63,13 +64,10 @@ def preprocess(cfg: PreprocessConfig) -> list[Written]:
         from tessel.data.instruct.detect import with_handler
 
         cfg = with_handler(cfg)
-    files = check_inputs(cfg.input, required_columns(cfg), cfg.compatible, may_skip=cfg.on_error == "skip")
-    tokenizer = _tokenizer(cfg, files)
-    task = task_of(cfg, tokenizer)
-    work = Work(cfg.workers, shard_of(cfg), cfg.log_interval)
+    task, write = _job(cfg)
     start_s = time.monotonic()
     with _terminated_as_exit():
-        written = run_task(task, files, cfg.output_prefix, tokenizer, work)
+        written = write()
     elapsed_s = max(time.monotonic() - start_s, 1e-9)
     for one in written:
         num_bytes = one.num_tokens * task.dtype.itemsize
@@ -80,6 +78,28 @@ def preprocess(cfg: PreprocessConfig) -> list[Written]:
     num_documents, num_tokens = written[0].num_documents, sum(one.num_tokens for one in written)
     log(f"{elapsed_s:,.1f} s: {num_documents / elapsed_s:,.0f} documents/s, {num_tokens / elapsed_s:,.0f} tokens/s")
     return written
+
+
+def _job(cfg: PreprocessConfig) -> tuple[Task, Callable[[], list[Written]]]:
+    """What is to be done, and what does it."""
+    work = Work(cfg.workers, shard_of(cfg), cfg.log_interval)
+    if cfg.handler_name == REGISTRY_HANDLER:
+        from tessel.data.instruct.mixture import mixture_of
+        from tessel.data.instruct.registry import data_sets
+
+        sets = data_sets(cfg)
+        files = [file for one in sets for file in one.files]
+        tokenizer = _tokenizer(cfg, files)
+
+        def encode(task: Task, files: Sequence[Path], prefix: Path) -> list[str]:
+            return [one.prefix for one in run_task(task, files, prefix, tokenizer, work)]
+
+        mixture = mixture_of(cfg, sets, tokenizer, encode)
+        return mixture.task, partial(_run, mixture.task, files, cfg.output_prefix, tokenizer, mixture.write)
+    files = check_inputs(cfg.input, required_columns(cfg), cfg.compatible, may_skip=cfg.on_error == "skip")
+    tokenizer = _tokenizer(cfg, files)
+    task = task_of(cfg, tokenizer)
+    return task, partial(run_task, task, files, cfg.output_prefix, tokenizer, work)
 
 
 def preprocess_files(
@@ -120,16 +140,27 @@ def run_task(
     """
     if work.num_workers < 1:
         raise UsageError(f"--workers {work.num_workers}: at least 1 is needed.")
+    return _run(task, files, output_prefix, tokenizer, partial(_write, task, files, work))
+
+
+def _run(
+    task: Task,
+    files: Sequence[Path],
+    output_prefix: str | Path,
+    tokenizer: Tokenizer,
+    write: Callable[[Mapping[str, Path], Callable[[], None]], None],
+) -> list[Written]:
+    """What `write` makes of the input, rearranged as the task asks, and noted. See `run_task`."""
     outputs = task.encoder.outputs
     prefixes = {output: Path(f"{output_prefix}_{output}_{task.level}") for output in outputs}
     folder = Path(output_prefix).parent
     _make_folder(folder)
     if task.rearrange is None:
-        _write(task, files, prefixes, work, before_end=lambda: _forget_metadata(prefixes))
+        write(prefixes, lambda: _forget_metadata(prefixes))
     else:
         with scratch_folder(folder, f".{Path(output_prefix).name}.") as scratch:
             first = {output: scratch / output for output in outputs}
-            _write(task, files, first, work)
+            write(first, lambda: None)
             _forget_metadata(prefixes)
             task.rearrange(first, prefixes)
     written = [_written(prefix) for prefix in prefixes.values()]
@@ -141,11 +172,11 @@ def run_task(
 def _write(
     task: Task,
     files: Sequence[Path],
-    prefixes: Mapping[str, Path],
     work: Work,
-    before_end: Callable[[], None] = lambda: None,
+    prefixes: Mapping[str, Path],
+    before_end: Callable[[], None],
 ) -> None:
-    """Encode the files into datasets in the order of the input."""
+    """Encode the files into datasets in the order of the input; `before_end` is called before they appear."""
     encoder = BlockEncoder(task.encoder, task.skip, task.lists)
     documents_of: Counter[str] = Counter()
     damaged: dict[Path, list[BadRow]] = {}

@@ -209,14 +209,20 @@ def _drop_by_subset(cfg: PreprocessConfig) -> Rearrange:
         with ExitStack() as stack:
             writers = [stack.enter_context(IndexedDatasetWriter(targets[name], np.int32)) for name in sources]
             for start in range(0, num_rows, size):
-                rules = MindSpeedRows(cfg.seq_length)
-                stop = min(start + size, num_rows)
-                for first in range(start, stop, _ROWS_AT_ONCE):
-                    order = np.arange(first, min(first + _ROWS_AT_ONCE, stop))
-                    _write_parts(writers, rules.add(tuple(_rows_of(dataset, order) for dataset in datasets)))
-                _write_parts(writers, rules.end())
+                order = np.arange(start, min(start + size, num_rows))
+                copy_rows(datasets, order, MindSpeedRows(cfg.seq_length), writers)
 
     return rearrange
+
+
+def copy_rows(
+    datasets: Sequence[IndexedDataset], order: np.ndarray, rules: KeepAll, writers: Sequence[IndexedDatasetWriter]
+) -> None:
+    """Write the rows `order` [any integers] of datasets that belong together, but for those that `rules` leave out."""
+    for first in range(0, len(order), _ROWS_AT_ONCE):
+        rows = order[first : first + _ROWS_AT_ONCE]
+        _write_parts(writers, rules.add(tuple(_rows_of(dataset, rows) for dataset in datasets)))
+    _write_parts(writers, rules.end())
 
 
 def _rows_of(dataset: IndexedDataset, order: np.ndarray) -> Encoded:

@@ -9,7 +9,7 @@ import pytest
 from tessel.config.parser import parse
 from tessel.config.preprocess import PreprocessConfig
 from tessel.config.preprocess_flags import PREPROCESSING
-from tessel.config.preprocess_rules import is_instructions, shares, validate_preprocess
+from tessel.config.preprocess_rules import is_instructions, probabilities_of, shares, validate_preprocess
 from tessel.errors import UsageError
 
 NEEDED = ("--input", "a.jsonl", "--output-prefix", "p")
@@ -25,6 +25,8 @@ MINDSPEED = """--handler-name AlpacaStyleInstructionHandler --prompt-type qwen -
 PAI = """--patch-tokenizer-type Qwen2Tokenizer --load T --seq-length 2048 --workers 8 --partitions 1
 --extra-vocab-size 293 --padded-vocab-size 151936 --sequence-packing --append-eod --debug --json-keys text""".split()
 
+REGISTRY = "--handler-name LlamaFactoryInstructionHandler"
+
 
 def read(*argv: str) -> PreprocessConfig:
     cfg: PreprocessConfig = parse(PreprocessConfig, [*NEEDED, *argv], "tessel preprocess", PREPROCESSING).value
@@ -38,7 +40,7 @@ def test_the_flags_of_every_tool_are_read() -> None:
     assert pai.sequence_packing and pai.tokenizer.tokenizer_name_or_path == "T"
 
 
-@pytest.mark.parametrize("flag", ["--hf-datasets-params", "--dataset-dir", "--data-obfuscation", "--script-data-dir"])
+@pytest.mark.parametrize("flag", ["--hf-datasets-params", "--datasets", "--data-obfuscation", "--script-data-dir"])
 def test_what_is_not_done_is_refused_by_name(flag: str) -> None:
     with pytest.raises(UsageError, match=flag):
         read(flag, "x")
@@ -82,11 +84,37 @@ def test_which_flags_mean_instructions() -> None:
         ("--shard 1/2 --shuffle", "--shard 1/2 and --shuffle: that needs the whole input"),
         ("--shard 1/2 --prompt-type qwen --pack --seq-length 8", "--shard 1/2 and --pack"),
         ("--shard 1/2 --partitions 2 --compatible megatron", "--shard 1/2 and --partitions"),
+        ("--dataset-dir x", "--dataset-dir is for data sets of a registry"),
+        ("--max-samples 3", "--max-samples is for data sets of a registry"),
+        ("--mix-strategy interleave_over", "--mix-strategy interleave_over is for data sets of a registry"),
+        (REGISTRY, "needs --dataset-dir"),
+        (f"{REGISTRY} --dataset-dir x --interleave-probs 1", "--interleave-probs needs --mix-strategy"),
+        (f"{REGISTRY} --dataset-dir x --map-keys {{}}", "takes the columns of dataset_info.json"),
+        (f"{REGISTRY} --dataset-dir x --shard 1/2", "--shard 1/2: data sets are mixed as a whole"),
+        (f"{REGISTRY} --dataset-dir x --max-samples 0", "--max-samples 0: at least 1"),
     ],
 )
 def test_what_cannot_be_together(argv: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read(*argv.split())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "text", "message"),
+    [
+        ("under", "0.5;0.5", "must be numbers"),
+        ("under", "1", "1 for 2 data sets"),
+        ("under", "0.5,0.4", "their sum must be 1"),
+        ("under", "1.5,-0.5", "none may be negative"),
+        ("over", "1,0", "never drawn"),
+    ],
+)
+def test_probabilities(strategy: str, text: str, message: str) -> None:
+    registry = [*REGISTRY.split(), "--dataset-dir", "x", "--mix-strategy", f"interleave_{strategy}"]
+    assert probabilities_of(read(*registry), 2) is None
+    assert probabilities_of(read(*registry, "--interleave-probs", "0.25, 0.75"), 2) == [0.25, 0.75]
+    with pytest.raises(UsageError, match=message):
+        probabilities_of(read(*registry, "--interleave-probs", text), 2)
 
 
 def test_shares() -> None:

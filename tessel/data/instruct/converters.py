@@ -143,13 +143,7 @@ class MessagesConverter:
     def __call__(self, values: Mapping[str, Any]) -> Example | Dropped:
         """The last message is the answer; in preferences, `chosen` and `rejected` are."""
         names = self.names
-        if names.messages not in values:
-            raise _missing(names.messages, values)
-        raw = values[names.messages]
-        if isinstance(raw, str):
-            raw = _json(raw, names.messages)
-        if not isinstance(raw, Sequence) or not all(isinstance(message, Mapping) for message in raw):
-            raise TesselError(f"{names.messages} must be a list of messages, not {_shown(raw)}")
+        raw = messages_of(values, names.messages)
         system = _text(values, names.system) if names.system is not None else ""
         if raw and names.tags.system_tag is not None and raw[0].get(names.tags.role_tag) == names.tags.system_tag:
             system, raw = _said(raw[0], names.tags.content_tag), raw[1:]
@@ -205,6 +199,22 @@ class MessagesConverter:
         if any(answer.role not in ANSWERING for answer in answers):
             return "a chosen or rejected message is no answer"
         return None
+
+
+def messages_of(values: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
+    """The messages of a row, a list or JSON of one.
+
+    Raises:
+        TesselError: there are none, or they are something else.
+    """
+    if name not in values:
+        raise _missing(name, values)
+    raw = values[name]
+    if isinstance(raw, str):
+        raw = _json(raw, name)
+    if not isinstance(raw, Sequence) or not all(isinstance(message, Mapping) for message in raw):
+        raise TesselError(f"{name} must be a list of messages, not {_shown(raw)}")
+    return raw
 
 
 def _with_parsed_arguments(call: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+SYSTEM = "system"
 USER = "user"
 ASSISTANT = "assistant"
 FUNCTION = "function"

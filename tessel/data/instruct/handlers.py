@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tessel.config.nearest import nearest
-from tessel.config.preprocess_rules import PRETRAIN_HANDLERS
+from tessel.config.preprocess_rules import PRETRAIN_HANDLERS, REGISTRY_HANDLER
 from tessel.data.encoding import RowEncoder
 from tessel.data.instruct.converters import AlpacaConverter, Converter, MessagesConverter
 from tessel.data.instruct.detect import with_handler
 from tessel.data.instruct.encoder import ENCODERS, MINDSPEED_ENCODERS, InstructionEncoder
+from tessel.data.instruct.hunyuan import HUNYUAN, HunyuanEncoder, HunyuanRenderer, RoundsConverter
 from tessel.data.instruct.mapping import OPENAI_TAGS, MessageColumns, alpaca_columns, message_columns
 from tessel.data.instruct.plain import MOSS_TURNS, PLAIN_PROMPTS, MossTurnsEncoder, PlainPromptEncoder
 from tessel.data.instruct.render import SlotRenderer, renderer_for
@@ -43,11 +44,7 @@ _TEMPLATED = {
     "R1AlpacaStyleInstructionHandler": _Kind("alpaca", "prompts"),
     "R1SharegptStyleInstructionHandler": _Kind("sharegpt", "prompts"),
 }
-_UNKNOWN_RULE = {
-    "HunyuanInstructionHandler": "it needs Hunyuan's own tokenizer, whose answers stand between two marks",
-    "LlamaFactoryInstructionHandler": "it reads data sets by their names in a registry",
-}  # fmt: skip
-HANDLERS = (*PRETRAIN_HANDLERS, *PLAIN_PROMPTS, MOSS_TURNS, *_TEMPLATED)
+HANDLERS = (*PRETRAIN_HANDLERS, *PLAIN_PROMPTS, MOSS_TURNS, HUNYUAN, REGISTRY_HANDLER, *_TEMPLATED)
 """Names that are known."""
 
 
@@ -68,6 +65,8 @@ def instruction_encoder(cfg: PreprocessConfig, tokenizer: Tokenizer) -> RowEncod
         if name == MOSS_TURNS:
             return MossTurnsEncoder(tokenizer.batch_encoder(), vocabulary)
         return PlainPromptEncoder(PLAIN_PROMPTS[name], tokenizer.batch_encoder(), cfg.append_eod, vocabulary)
+    if name == HUNYUAN:
+        return _hunyuan(cfg, tokenizer)
     if ".py:" in name:
         from tessel.data.instruct.own import OwnConverter, OwnEncoder, own_handler
 
@@ -96,15 +95,27 @@ def converter_of(rows: str, cfg: PreprocessConfig, pairwise: bool = False) -> Co
     return MessagesConverter(message_columns(cfg.map_keys, MessageColumns()), pairwise, as_mindspeed)
 
 
+def _hunyuan(cfg: PreprocessConfig, tokenizer: Tokenizer) -> RowEncoder:
+    if cfg.prompt_type not in (None, "hf", "hunyuan") or cfg.append_eod or cfg.train_on_prompt or cfg.mask_history:
+        raise UsageError(
+            f"--handler-name {HUNYUAN} writes what the tokenizer's chat template does, and trains its answers with "
+            "their end: leave --prompt-type (but for hunyuan), --append-eod, --train-on-prompt and --mask-history out."
+        )
+    as_mindspeed = cfg.compatible == "mindspeed"
+    converter = RoundsConverter(message_columns(cfg.map_keys, MessageColumns()), as_mindspeed=as_mindspeed)
+    options = RenderOptions(max_tokens=cfg.seq_length if as_mindspeed else None)
+    return HunyuanEncoder(converter, HunyuanRenderer(tokenizer, options))
+
+
 def _kind(name: str) -> _Kind:
     if name in _TEMPLATED:
         return _TEMPLATED[name]
-    if name in _UNKNOWN_RULE:
+    if name == REGISTRY_HANDLER:
         raise UsageError(
-            f"--handler-name {name} is not known here: {_UNKNOWN_RULE[name]}. Bring the rows into Alpaca's or "
-            "ShareGPT's form, or name a class of your own with --handler-name FILE.py:Class."
+            f"--handler-name {name} reads data sets by their names in a registry, which only `tessel preprocess` does: "
+            "run that first, and give its --output-prefix as the data."
         )
-    close = nearest(name, (*HANDLERS, *_UNKNOWN_RULE), similarity=0.5)
+    close = nearest(name, HANDLERS, similarity=0.5)
     hint = f"Did you mean {' or '.join(close)}?" if close else f"Known are {', '.join(HANDLERS)}."
     raise UsageError(
         f"--handler-name {name} is not known (MindSpeed-LLM would take GeneralPretrainHandler without a word). {hint}"

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tessel.config.preprocess_rules import REGISTRY_HANDLER
 from tessel.data.encoding import Encoded, RowError
 from tessel.data.instruct.detect import first_rows, with_handler
 from tessel.data.instruct.handlers import instruction_encoder
 from tessel.data.instruct.pai import pai_encoder
 from tessel.data.instruct.pieces import Pieces
+from tessel.data.instruct.registry import data_sets
 from tessel.data.instruct.shorten import IGNORED
 from tessel.data.tokenizer import load_tokenizer
 from tessel.errors import TesselError
@@ -44,6 +46,10 @@ def preview(cfg: PreprocessConfig) -> None:
     from rich.console import Console
 
     tokenizer = load_tokenizer(cfg.tokenizer)
+    if cfg.handler_name == REGISTRY_HANDLER:
+        first = data_sets(cfg)[0]
+        log(f"samples of the first data set, {first.name}")
+        cfg = first.cfg
     cfg = with_handler(cfg)
     encoder: Any
     if cfg.compatible == "pai-sft":

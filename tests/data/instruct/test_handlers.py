@@ -157,7 +157,7 @@ def test_older_handlers(chat_tokenizer: Make) -> None:
     [
         ({"handler_name": "AlpacaStyleInstructionHandlr"}, r"is not known \(MindSpeed.*Did you mean Alpaca"),
         ({"handler_name": "MOSSMultiTurnHandler"}, "leave --prompt-type out"),
-        ({"handler_name": "LlamaFactoryInstructionHandler"}, "registry"),
+        ({"handler_name": "LlamaFactoryInstructionHandler"}, "which only `tessel preprocess` does"),
         ({"prompt_type": None}, "Dialogues need a template"),
         ({"train_on_prompt": True, "mask_history": True}, "opposites"),
         ({"reasoning_effort": "max"}, "only chat templates"),
