@@ -62,7 +62,7 @@ class StageRunner:
             if self.decoder.stage.is_last:
                 losses[number] = float(self.decoder(inputs, x_BSE).asnumpy())
             self._forward(inputs, x_BSE)
-        return torch.tensor(losses)[:, None]
+        return torch.tensor(losses, dtype=torch.float64)[:, None]
 
     def _received(self, inputs: Inputs) -> Any:
         """What the stage before has made of a micro-batch."""

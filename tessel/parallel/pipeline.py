@@ -98,7 +98,7 @@ class PipelineRunner:
         ]
         for chunk in self._chunks:
             release_gathered(chunk)
-        return torch.cat(pieces)
+        return torch.cat(pieces).double()  # of a stage without the head these are zeros, in fp32
 
     def _pieces(self, number: int) -> Iterator[slice]:
         """Numbers of micro-batches that the schedule takes: whole rounds, then the rest."""

@@ -27,7 +27,7 @@ class Runner(Protocol):
         ...
 
     def evaluate(self, batches: Sequence[MicroBatch], weights_BS: Sequence[Tensor]) -> Tensor:
-        """The same, [micro-batches, 1], without gradients."""
+        """The same, [micro-batches, 1] in fp64, without gradients."""
         ...
 
 

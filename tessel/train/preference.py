@@ -140,7 +140,7 @@ class Preferences:
 
     def _logps(self, runner: Runner, rows: Sequence[MicroBatch]) -> Tensor:
         """Log-probability of each answer of every replica, fp64 [replicas x rows]."""
-        nll = runner.evaluate(rows, [row.loss_mask_BS for row in rows])[:, 0].double()
+        nll = runner.evaluate(rows, [row.loss_mask_BS for row in rows])[:, 0]
         everyone = torch.zeros(self._peers.num_replicas * len(rows), dtype=torch.float64, device=nll.device)
         everyone[self._peers.replica * len(rows) : (self._peers.replica + 1) * len(rows)] = -nll
         return self._peers.sum_losses(everyone)

@@ -219,8 +219,8 @@ def evaluation_sums(
     masks = [batch.loss_mask_BS for batch in batches]
     if by_micro_batch:
         weights = [(mask / mask.sum(dtype=torch.float64).clamp(min=1e-30)).float() for mask in masks]
-        means = peers.sum_losses(runner.evaluate(batches, weights).double().sum())
+        means = peers.sum_losses(runner.evaluate(batches, weights).sum())
         return float(means), float(len(batches) * peers.num_replicas)
-    nll = peers.sum_losses(runner.evaluate(batches, masks).double().sum())
+    nll = peers.sum_losses(runner.evaluate(batches, masks).sum())
     num_tokens = peers.sum_tokens(torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum())
     return float(nll), float(num_tokens)

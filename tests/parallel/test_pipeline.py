@@ -151,7 +151,7 @@ def compare(case: Case) -> None:
             losses = runner.train(*own, case.z_loss)
         if case.sharding is not None and num_replicas > 1:
             check_calls(counted.calls, case.sharding, parts)
-        check_losses(losses, expected[replica::num_replicas], groups, case.tolerance)
+        check_losses(losses, expected[replica::num_replicas], groups, case.tolerance, torch.float32)
         found, whole = gradients(parts), gradients([alone])
         if case.tied and groups.tied is not None:
             distributed.all_reduce(found["model.embed_tokens.weight"], group=groups.tied)
@@ -161,7 +161,7 @@ def compare(case: Case) -> None:
         expected = reference.evaluate(batches, masks)
         release_gathered(alone)
         evaluated = runner.evaluate(own[0], masks[replica::num_replicas])
-        check_losses(evaluated, expected[replica::num_replicas], groups, case.tolerance)
+        check_losses(evaluated, expected[replica::num_replicas], groups, case.tolerance, torch.float64)
 
 
 def check_calls(calls: Counter[str], sharding: str, parts: Sequence[nn.Module]) -> None:
@@ -174,8 +174,8 @@ def check_calls(calls: Counter[str], sharding: str, parts: Sequence[nn.Module]) 
         assert calls["gathers"] == num_groups, calls
 
 
-def check_losses(losses: Tensor, expected: Tensor, groups: Groups, tolerance: float) -> None:
-    assert losses.shape == expected.shape and losses.dtype == torch.float32 and not losses.requires_grad
+def check_losses(losses: Tensor, expected: Tensor, groups: Groups, tolerance: float, dtype: torch.dtype) -> None:
+    assert losses.shape == expected.shape and losses.dtype == dtype and not losses.requires_grad
     distributed.all_reduce(losses, group=groups.pp)  # zeros but on the last stage
     assert difference(losses, expected) <= tolerance
 

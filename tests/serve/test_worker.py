@@ -89,7 +89,7 @@ def test_a_request_that_outlasts_the_server_is_told_so(
             assert response.readline().startswith(b"data: ")
             for _ in range(num_signals):
                 server.handle_exit(signal.SIGTERM, None)
-            events = response.read().split(b"\n\n")
-    assert events[-2:] == [b"data: [DONE]", b""]
-    assert json.loads(events[-3].removeprefix(b"data: "))["error"]["code"] == "server_shutting_down"
+            events = response.read().strip().split(b"\n\n")
+    assert events[-1] == b"data: [DONE]"
+    assert json.loads(events[-2].removeprefix(b"data: "))["error"]["code"] == "server_shutting_down"
     assert not server.has_failed
