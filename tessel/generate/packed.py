@@ -23,8 +23,10 @@ from tessel.model.layers import Linear
 
 # oneDNN picks the blocks for so many rows; others take them, too.
 _ROWS = 32
-# Numbers of rows from each power of two to the next: on average one row in twenty is computed in vain.
-_STEPS_OF_ROWS = 8
+# Numbers of rows from each power of two to the next, for few rows and for many: on average one row in twenty, or in
+# ten, is computed in vain. Kernels for many rows are the large ones, and only prompts need them.
+_STEPS_OF_FEW, _STEPS_OF_MANY = 8, 4
+_FEW_ROWS = 64
 
 
 class PackedLinear(Linear):
@@ -51,8 +53,9 @@ class PackedLinear(Linear):
 
 
 def padded_rows(num_rows: int) -> int:
-    """How many rows a product of `num_rows` takes: less than an eighth more, and one of a few numbers."""
-    step = 1 << max((num_rows - 1).bit_length() - _STEPS_OF_ROWS.bit_length(), 0)
+    """How many rows a product of `num_rows` takes: less than a quarter more, and one of a few numbers."""
+    steps = _STEPS_OF_FEW if num_rows <= _FEW_ROWS else _STEPS_OF_MANY
+    step = 1 << max((num_rows - 1).bit_length() - steps.bit_length(), 0)
     return -(-num_rows // step) * step
 
 
