@@ -6,6 +6,7 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tessel.config.megatron import MEGATRON
 from tessel.config.parser import Parsed, parse
@@ -21,6 +22,10 @@ from tessel.runtime.failure import shown_once
 from tessel.runtime.files import require_writable
 from tessel.runtime.log import voice
 from tessel.runtime.world import World, is_launched
+
+if TYPE_CHECKING:
+    from tessel.model.config import ModelConfig
+    from tessel.train.source import Source
 
 MINDSPORE = "mindspore"
 
@@ -98,11 +103,8 @@ def _check_before_launch(cfg: RunConfig, given: frozenset[str]) -> None:
     if cfg.launch.nnodes != "1" or cfg.launch.nproc_per_node is None:
         return
     from tessel.train.checks import check_layout, check_model_of_run
-    from tessel.train.setup import model_config_of
-    from tessel.train.source import find_source
 
-    source = find_source(cfg.checkpoint, cfg.model)
-    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
+    source, model_config = _model_of(cfg, given)
     check_model_of_run(cfg, source, model_config)
     check_layout(cfg, model_config, cfg.launch.nproc_per_node)
     if _by_mindspore(cfg):
@@ -111,13 +113,18 @@ def _check_before_launch(cfg: RunConfig, given: frozenset[str]) -> None:
 
 def _with_model(cfg: RunConfig, given: frozenset[str], provenance: dict[str, str]) -> tuple[RunConfig, dict[str, str]]:
     """`cfg` with the shape of its model filled in, and the provenance that says so."""
-    from tessel.train.setup import model_config_of
-    from tessel.train.source import find_source
-
-    source = find_source(cfg.checkpoint, cfg.model)
-    model_config = model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)
+    source, model_config = _model_of(cfg, given)
     missing = {
         name: value for name, value in model_config.shape_flags().items() if getattr(cfg.model, name) in (None, False)
     }
     shown = replace(cfg, model=replace(cfg.model, **missing))
     return shown, mark_changes(cfg, shown, provenance, "derived" if source.model_folder is None else "model")
+
+
+def _model_of(cfg: RunConfig, given: frozenset[str]) -> tuple[Source, ModelConfig]:
+    """Where the run's weights come from, and the model's shape."""
+    from tessel.train.setup import model_config_of
+    from tessel.train.source import find_source
+
+    source = find_source(cfg.checkpoint, cfg.model)
+    return source, model_config_of(source, cfg.model, given, cfg.tokenizer, cfg.checkpoint.override)

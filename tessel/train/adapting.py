@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from tessel.model.config import ModelConfig
 from tessel.model.init import initialize_
 from tessel.model.layers import Linear
 from tessel.model.lora import Adapter
+from tessel.model.moe import EXPERT_PROJECTIONS
 from tessel.model.transformer import Transformer
 from tessel.parallel.apply import release_gathered
 from tessel.train.source import Kind, Source, find_source
@@ -66,7 +68,7 @@ def adapting(cfg: RunConfig, source: Source, config: ModelConfig) -> Adapting | 
     start = cfg.lora.lora_load or (_start_of(source) if cfg.finetune.is_pairwise_dataset else None)
     stored = None if start is None else open_adapter(start, config)
     spec = _spec(cfg.lora, stored)
-    adapts_experts = spec.experts and bool({"gate_proj", "up_proj", "down_proj"} & set(spec.targets))
+    adapts_experts = spec.experts and bool(set(EXPERT_PROJECTIONS) & set(spec.targets))
     if spec.dora and config.num_experts and adapts_experts:
         raise UsageError(
             "--use-dora is not for experts: name other projections with --lora-target-modules, such as linear_qkv "
@@ -108,14 +110,19 @@ def _start_of(source: Source) -> str | None:
     """The adapters that a run that goes on began with, if it was with stored ones."""
     if source.kind is not Kind.RESUME:
         return None
-    assert source.folder is not None and source.iteration is not None
-    start: str | None = run_checkpoint.read_state(source.folder, source.iteration).get("adapters", {}).get("start")
+    start: str | None = _noted(source).get("start")
     return start
 
 
 def _holds_weights(source: Source) -> bool:
+    return not _noted(source)
+
+
+def _noted(source: Source) -> Mapping[str, Any]:
+    """What a run's checkpoint says of its adapters; empty if it has none."""
     assert source.folder is not None and source.iteration is not None
-    return "adapters" not in run_checkpoint.read_state(source.folder, source.iteration)
+    noted: Mapping[str, Any] = run_checkpoint.read_state(source.folder, source.iteration).get("adapters", {})
+    return noted
 
 
 def load_adapters(

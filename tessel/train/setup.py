@@ -93,6 +93,7 @@ def build_learner(
     balance = Balance(model_config, RouterOptions.from_options(cfg.experts))
     tiles = tiles_of(model_config, groups)
     stages = stages_asked(cfg.layout, model_config.num_hidden_layers)
+    compiler = _compiler(cfg, device)
     parts = parallelize(
         _builder(cfg, model_config, balance, device),
         model_config,
@@ -100,10 +101,10 @@ def build_learner(
         stages,
         cfg.layout,
         lambda parts: _load_all(parts, tiles, model_config, source, cfg, device, adapting),
-        _compiler(cfg, device),
+        compiler,
         _sharding(cfg, groups, dtype, device, stack),
         _hold(model_config, tiles, dtype),
-        _products(cfg, groups, dtype, device),
+        _products(cfg, groups, dtype, device, compiler is not None),
     )
     parameters = named_parameters(parts)
     optimizer_groups = parameter_groups(parameters.items(), model_config, cfg.optimizer)
@@ -169,11 +170,13 @@ def _compiler(cfg: RunConfig, device: torch.device) -> Any:
     return backend
 
 
-def _products(cfg: RunConfig, groups: Groups | None, dtype: torch.dtype, device: torch.device) -> FusedProducts | None:
+def _products(
+    cfg: RunConfig, groups: Groups | None, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> FusedProducts | None:
     """What multiplies and gathers or scatters at once, where `--tp-comm-overlap` asks for it and the device can."""
     if not cfg.layout.tp_comm_overlap:
         return None
-    group, compiled = None if groups is None else groups.tp, _compiler(cfg, device) is not None
+    group = None if groups is None else groups.tp
     products, line = enable_overlap(device, group, cfg.layout.sequence_parallel, compiled, dtype)
     log(line)
     return products
