@@ -89,11 +89,7 @@ class Decoder:
 
         `x_BSE` is what the stage before handed on; None on the first.
         """
-        if x_BSE is None:
-            x_BSE = self._embed(inputs.tokens_BS)
-        for number, layer in zip(self.stage.layers, self._layers, strict=True):
-            hidden_keys = inputs.hidden_keys[self.config.window(number)]
-            x_BSE = layer(x_BSE, inputs.cos_BS1D, inputs.sin_BS1D, hidden_keys)
+        x_BSE = self._through_layers(inputs, x_BSE)
         if self._loss is None:
             return x_BSE
         x_BSE = self._parallel.enter(self._norm(FINAL_NORM, x_BSE))
@@ -101,10 +97,16 @@ class Decoder:
 
     def logits(self, inputs: Inputs) -> ms.Tensor:
         """[B, S, V] of a whole model, fp32."""
-        x_BSE = self._embed(inputs.tokens_BS)
+        x_BSE = self._norm(FINAL_NORM, self._through_layers(inputs, None))
+        return self._product(x_BSE, self._head_weight).astype(ms.float32)
+
+    def _through_layers(self, inputs: Inputs, x_BSE: ms.Tensor | None) -> ms.Tensor:
+        if x_BSE is None:
+            x_BSE = self._embed(inputs.tokens_BS)
         for number, layer in zip(self.stage.layers, self._layers, strict=True):
-            x_BSE = layer(x_BSE, inputs.cos_BS1D, inputs.sin_BS1D, inputs.hidden_keys[self.config.window(number)])
-        return self._product(self._norm(FINAL_NORM, x_BSE), self._head_weight).astype(ms.float32)
+            hidden_keys = inputs.hidden_keys[self.config.window(number)]
+            x_BSE = layer(x_BSE, inputs.cos_BS1D, inputs.sin_BS1D, hidden_keys)
+        return x_BSE
 
     def _layer(self, number: int, recompute: bool) -> Callable[..., ms.Tensor]:
         prefix = f"model.layers.{number}."
